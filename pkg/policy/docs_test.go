@@ -1,0 +1,50 @@
+package policy
+
+import (
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// TestDocs holds docs/policy.md to its word: each story that it names exists,
+// each story is named, and its example parses.
+func TestDocs(t *testing.T) {
+	data, err := os.ReadFile("../../docs/policy.md")
+	require.NoError(t, err)
+	doc := string(data)
+
+	named := map[string]bool{}
+	for _, m := range regexp.MustCompile(`\*\(([a-zA-Z0-9, \n-]+)\)\*`).FindAllStringSubmatch(doc, -1) {
+		for name := range strings.SplitSeq(m[1], ",") {
+			named[strings.TrimSpace(name)] = true
+		}
+	}
+	stories, err := filepath.Glob("testdata/stories/*.txtar")
+	require.NoError(t, err)
+	told := map[string]bool{"TestText": true, "TestLimits": true, "TestCompile100kRules": true}
+	for _, path := range stories {
+		name := strings.TrimSuffix(filepath.Base(path), ".txtar")
+		told[name] = true
+		if !named[name] {
+			t.Errorf("the story %s is not named", name)
+		}
+	}
+	for name := range named {
+		if !told[name] {
+			t.Errorf("there is no story %q", name)
+		}
+	}
+
+	_, example, ok := strings.Cut(doc, "```yaml\n")
+	require.True(t, ok, "an example")
+	example, _, _ = strings.Cut(example, "```")
+	set, err := ParseFiles("", map[string][]byte{"example.yaml": []byte(example)})
+	require.NoError(t, err)
+	if len(set.Workloads) != 1 || len(set.Policies) != 1 || len(set.Tests) != 1 {
+		t.Errorf("the example holds %+v, want one of each kind", set)
+	}
+}

@@ -1,0 +1,248 @@
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.yaml.in/yaml/v4"
+
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
+)
+
+// MaxPorts is how many ports a workload can declare, and a rule can name.
+const MaxPorts = 256
+
+const maxLabels = 64 // of one workload or selector
+
+// workload parses the spec of a Workload.
+func (f *fileReader) workload(meta object, name string, p pos, n *yaml.Node) {
+	w := Workload{Name: name, Set: f.set.Name, ID: "/" + name, File: f.file, Line: p.line, Col: p.col, id: p}
+	if ln, ok := meta.fields["labels"]; ok {
+		w.Labels = f.labels(ln, "metadata.labels")
+	}
+	spec, ok := f.object(n, "spec", schema{"id": true, "attest": true, "ports": true, "endpoints": false})
+	if !ok {
+		return
+	}
+	if in, ok := spec.fields["id"]; ok {
+		w.ID, w.id = f.workloadID(in), at(in)
+	}
+	if an, ok := spec.fields["attest"]; ok {
+		w.Attest = f.attest(an)
+	}
+	if pn, ok := spec.fields["ports"]; ok {
+		w.Ports = f.ports(pn)
+	}
+	f.set.Workloads = append(f.set.Workloads, w)
+}
+
+// workloadID reads the path of a SPIFFE ID (SPIFFE-ID section 2.2).
+func (f *fileReader) workloadID(n *yaml.Node) string {
+	id, ok := f.text(n, "spec.id")
+	if !ok {
+		return ""
+	}
+	switch {
+	case strings.HasPrefix(id, "spiffe://"):
+		f.fail(at(n), "write the path only, as in /shop/payments: the trust domain is the control plane's", "spec.id %q is a full SPIFFE ID", shorten(id))
+	case strings.ContainsAny(id, "{}"):
+		f.fail(at(n), "", "templated ids are not supported by this version")
+	case strings.Contains(id, "*"):
+		f.fail(at(n), "", "spec.id %q has a wildcard; a workload has one identity", shorten(id))
+	case id == "":
+		f.fail(at(n), "leave it out for /NAME", "spec.id is empty")
+	case !strings.HasPrefix(id, "/"):
+		f.fail(at(n), fmt.Sprintf("write %q", "/"+shorten(id)), "spec.id %q does not begin with a slash", shorten(id))
+	default:
+		err := spiffeid.ValidatePath(id)
+		if err == nil {
+			return id
+		}
+		f.fail(at(n), "", "spec.id %q: %v", shorten(id), err)
+	}
+	return ""
+}
+
+// labels reads a mapping of text to text.
+func (f *fileReader) labels(n *yaml.Node, what string) map[string]string {
+	if n.Kind != yaml.MappingNode {
+		f.wrongType(n, what, "a mapping")
+		return nil
+	}
+	if len(n.Content) > 2*maxLabels {
+		f.fail(at(n), "", "%s has more than %d labels", what, maxLabels)
+		return nil
+	}
+	labels := map[string]string{}
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		kn, vn := n.Content[i], n.Content[i+1]
+		key, ok := f.text(kn, "a key of "+what)
+		if !ok {
+			continue
+		}
+		value, ok := f.text(vn, what+"."+shorten(key))
+		switch {
+		case !ok:
+		case !isLabelText(key):
+			f.fail(at(kn), "", "label key %q: %s", shorten(key), labelText)
+		case strings.ContainsAny(value, "{}"):
+			f.fail(at(vn), "", "templated labels are not supported by this version")
+		case !isLabelText(value):
+			f.fail(at(vn), "", "label value %q: %s", shorten(value), labelText)
+		default:
+			if _, dup := labels[key]; dup {
+				f.fail(at(kn), "", "duplicate key %q", key)
+			}
+			labels[key] = value
+		}
+	}
+	return labels
+}
+
+const labelText = "want 1 to 63 of a-z, A-Z, 0-9, '-', '_', '.' and '/'"
+
+func isLabelText(s string) bool {
+	return s != "" && len(s) <= 63 && only(strings.ToLower(s), "-_./")
+}
+
+// attest reads the evidence that proves a workload.
+func (f *fileReader) attest(n *yaml.Node) []Attest {
+	items, ok := f.list(n, "spec.attest")
+	if !ok {
+		return nil
+	}
+	var out []Attest
+	for i, item := range items {
+		what := fmt.Sprintf("spec.attest[%d]", i)
+		kind, kn := f.attestKind(item, what)
+		switch {
+		case kind == "":
+		case kind != JoinToken:
+			hint := didYouMean(kind, []string{JoinToken})
+			if hint == "" {
+				hint = "supported: " + JoinToken
+			}
+			f.fail(at(kn), hint, "attest kind %q is not supported by this version", shorten(kind))
+		case len(out) > 0:
+			f.fail(at(kn), "", "duplicate attest kind %q", kind)
+		default:
+			if _, ok := f.object(item, what, schema{"kind": true}); ok {
+				out = append(out, Attest{Kind: kind})
+			}
+		}
+	}
+	return out
+}
+
+// attestKind reads the kind before the other fields, which depend on it.
+func (f *fileReader) attestKind(n *yaml.Node, what string) (string, *yaml.Node) {
+	if n.Kind != yaml.MappingNode {
+		f.wrongType(n, what, "a mapping")
+		return "", nil
+	}
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		if n.Content[i].Value == "kind" {
+			kind, _ := f.text(n.Content[i+1], what+".kind")
+			return kind, n.Content[i+1]
+		}
+	}
+	f.fail(at(n), "", "%s.kind is missing", what)
+	return "", nil
+}
+
+// ports reads the declared ports of a workload.
+func (f *fileReader) ports(n *yaml.Node) []Port {
+	items, ok := f.list(n, "spec.ports")
+	if !ok {
+		return nil
+	}
+	if len(items) > MaxPorts {
+		f.fail(at(n), "", "spec.ports declares more than %d ports", MaxPorts)
+		return nil
+	}
+	names, numbers := map[string]int{}, map[uint16]int{} // :: → line
+	var out []Port
+	for i, item := range items {
+		port, ok := f.port(item, fmt.Sprintf("spec.ports[%d]", i), names, numbers)
+		if ok {
+			out = append(out, port)
+		}
+	}
+	return out
+}
+
+func (f *fileReader) port(n *yaml.Node, what string, names map[string]int, numbers map[uint16]int) (Port, bool) {
+	o, ok := f.object(n, what, schema{"name": true, "port": true, "protocol": true, "direct": false, "plaintext": false})
+	if !ok {
+		return Port{}, false
+	}
+	var p Port
+	name, nn, ok1 := o.text("name")
+	if ok1 {
+		ok1 = f.portName(nn, name, what+".name") && f.unique(nn, fmt.Sprintf("port name %q", name), names[name])
+		p.Name, names[name] = name, at(nn).line
+	}
+	numNode, ok2 := o.need("port")
+	if ok2 {
+		if p.Number, ok2 = f.portNumber(numNode, what+".port"); ok2 {
+			ok2 = f.unique(numNode, fmt.Sprintf("port number %d", p.Number), numbers[p.Number])
+			numbers[p.Number] = at(numNode).line
+		}
+	}
+	protocol, pn, ok3 := o.text("protocol")
+	if ok3 {
+		p.Protocol = Protocol(protocol)
+		if p.Protocol != TCP && p.Protocol != HTTP && p.Protocol != GRPC {
+			hint := didYouMean(protocol, []string{string(TCP), string(HTTP), string(GRPC)})
+			f.fail(at(pn), hint, "unknown protocol %q; want tcp, http or grpc", shorten(protocol))
+			ok3 = false
+		}
+	}
+	return p, ok1 && ok2 && ok3
+}
+
+// unique reports a duplicate when first, the line of an earlier one, is not 0.
+func (f *fileReader) unique(n *yaml.Node, what string, first int) bool {
+	if first != 0 {
+		f.fail(at(n), fmt.Sprintf("first written on line %d", first), "duplicate %s", what)
+	}
+	return first == 0
+}
+
+// portName checks the name of a port: a DNS label with a letter, and not "all",
+// which means every port.
+func (f *fileReader) portName(n *yaml.Node, name, what string) bool {
+	switch {
+	case name == "all":
+		f.fail(at(n), "", "%s: no port can be called all, which means every port", what)
+	case name != "" && strings.Trim(name, "0123456789") == "":
+		f.fail(at(n), "a number is written without quotes, a name has a letter", "%s: %q is not the name of a port", what, shorten(name))
+	case !isLabel(name) || strings.Trim(name, "0123456789-") == "":
+		f.fail(at(n), "", "%s: %q is not a lower-case DNS label with a letter", what, shorten(name))
+	default:
+		return true
+	}
+	return false
+}
+
+// checkPattern checks the id of a selector. The trust domain of "/…" is not known
+// here; any will do.
+func checkPattern(s string) error {
+	full := s
+	if strings.HasPrefix(s, "/") {
+		full = "spiffe://td" + s
+	}
+	p, err := identity.ParsePattern(full)
+	if err != nil {
+		if inner := errors.Unwrap(err); inner != nil {
+			err = inner
+		}
+		return err
+	}
+	if id, ok := p.Exact(); ok && id.Path() == "" {
+		return errors.New("names a trust domain, not an identity")
+	}
+	return nil
+}

@@ -1,0 +1,108 @@
+// Package policy is Sallyport's rule language: it parses the files that
+// platform engineers write, compiles them, and decides. Sidecar, control plane
+// and command line all ask this one evaluator.
+//
+// It is a pure library: files come in as an [io/fs.FS], nothing is fetched, no
+// clock is read, no grpc is imported. The language is described in
+// docs/policy.md.
+package policy
+
+import (
+	"fmt"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
+)
+
+// Effect is a verdict. The zero value denies.
+type Effect uint8
+
+// Verdicts, from the most to the least restrictive.
+const (
+	Deny  Effect = iota
+	Allow        // the connection may pass
+)
+
+// String gives "deny" or "allow".
+func (e Effect) String() string {
+	if e == Allow {
+		return "allow"
+	}
+	return "deny"
+}
+
+// Protocol is what a workload's owner declares a port to speak. Nothing sniffs.
+type Protocol string
+
+// Protocols.
+const (
+	TCP  Protocol = "tcp"
+	HTTP Protocol = "http"
+	GRPC Protocol = "grpc"
+)
+
+// Port is a declared port of a workload.
+type Port struct {
+	Name     string // a DNS label, unique in its workload
+	Number   uint16 // unique in its workload; what callers name on the wire
+	Protocol Protocol
+}
+
+// Request asks whether Src may open a connection to Port of Dst.
+type Request struct {
+	Src, Dst spiffeid.ID
+	Port     uint16
+}
+
+// RuleRef says which rule decided and where it is written. The zero RuleRef
+// means that no rule did.
+type RuleRef struct {
+	Set    string // "" is the root set
+	Policy string // metadata.name
+	File   string // path below the policy folder, with slashes
+	Line   int    // line of the rule's entry under allow or deny, from 1
+}
+
+// IsZero reports whether r names no rule.
+func (r RuleRef) IsZero() bool { return r == RuleRef{} }
+
+// Location gives file:line, or "" for the zero RuleRef.
+func (r RuleRef) Location() string {
+	if r.IsZero() {
+		return ""
+	}
+	return fmt.Sprintf("%s:%d", r.File, r.Line)
+}
+
+// String gives POLICY (file:line), with the set's name before the policy's
+// where it is not the root set, or "no rule".
+func (r RuleRef) String() string {
+	if r.IsZero() {
+		return "no rule"
+	}
+	name := r.Policy
+	if r.Set != "" {
+		name = r.Set + "/" + r.Policy
+	}
+	return name + " (" + r.Location() + ")"
+}
+
+// Decision is the answer to a [Request]. The zero Decision denies.
+type Decision struct {
+	Effect Effect
+	Would  Effect // what full enforcement says; differs from Effect where something is only audited
+	Rule   RuleRef
+	Reason string // the rule's reason; told to the refused only when a deny rule decided
+}
+
+// Rule is one compiled entry under allow or deny of a Policy, with every label
+// and port name resolved. It is the form that travels to sidecars.
+type Rule struct {
+	Ref    RuleRef
+	Effect Effect
+	From   []identity.Pattern // any one of them matches
+	To     []identity.Pattern // any one of them matches
+	Ports  []uint16           // ascending; empty: every port ("all")
+	Reason string
+}

@@ -1,0 +1,159 @@
+package policy
+
+import (
+	"slices"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
+)
+
+// from reports whether the rule names src.
+func (r *Rule) from(src spiffeid.ID) bool { return matchAny(r.From, src) }
+
+// to reports whether the rule is about dst.
+func (r *Rule) to(dst spiffeid.ID) bool { return matchAny(r.To, dst) }
+
+// port reports whether the rule names the port.
+func (r *Rule) port(n uint16) bool {
+	if len(r.Ports) == 0 {
+		return true
+	}
+	_, ok := slices.BinarySearch(r.Ports, n)
+	return ok
+}
+
+func matchAny(ps []identity.Pattern, id spiffeid.ID) bool {
+	for _, p := range ps {
+		if p.Match(id) {
+			return true
+		}
+	}
+	return false
+}
+
+// sourceIndex finds the rules that name a source, and the workloads that a
+// target covers.
+type sourceIndex struct {
+	lists [][]int32          // one per distinct From: indexes of rules
+	exact map[string][]int32 // :: SPIFFE ID → indexes of lists
+	wild  trie[[]int32]      // :: pattern → indexes of lists
+	dests [][]int32          // :: index of targets → indexes of workloads, ascending
+}
+
+// Reach gives the IDs of the workloads that src may reach on at least one of
+// their declared ports, ordered. It is empty on a sidecar, which knows no
+// workloads.
+func (r *Ruleset) Reach(src spiffeid.ID) []spiffeid.ID {
+	if r == nil || len(r.workloads) == 0 || src.IsZero() {
+		return nil
+	}
+	x := r.sourceIndex()
+	byDest := map[int32][]int32{} // :: index of workloads → rules about it that name src
+	var allowed []int32
+	for _, i := range x.rules(src.String()) {
+		if r.of[i] < 0 {
+			continue
+		}
+		for _, w := range x.dests[r.of[i]] {
+			byDest[w] = append(byDest[w], i)
+			if r.rules[i].Effect == Allow {
+				allowed = append(allowed, w)
+			}
+		}
+	}
+	slices.Sort(allowed)
+	var out []spiffeid.ID
+	for _, w := range slices.Compact(allowed) {
+		if r.opens(byDest[w], r.workloads[w].Ports) {
+			out = append(out, r.workloads[w].ID)
+		}
+	}
+	return out
+}
+
+// opens reports whether rules allow, and do not deny, some port.
+func (r *Ruleset) opens(rules []int32, ports []Port) bool {
+	for _, p := range ports {
+		var v verdict
+		for _, i := range rules {
+			if r.rules[i].port(p.Number) {
+				v.add(r.rules[i].Effect, i)
+			}
+		}
+		if v.deny == 0 && v.allow != 0 {
+			return true
+		}
+	}
+	return false
+}
+
+func (x *sourceIndex) rules(src string) []int32 {
+	lists := slices.Clone(x.exact[src])
+	x.wild.match(src, func(ls *[]int32) { lists = append(lists, *ls...) })
+	slices.Sort(lists)
+	var out []int32
+	for _, l := range slices.Compact(lists) {
+		out = append(out, x.lists[l]...)
+	}
+	return out
+}
+
+// sourceIndex gives the index, made by the first call. Two callers may make it
+// at once; both results are equal.
+func (r *Ruleset) sourceIndex() *sourceIndex {
+	if x := r.sources.Load(); x != nil {
+		return x
+	}
+	x := &sourceIndex{exact: map[string][]int32{}, dests: make([][]int32, len(r.targets))}
+	seen := map[listKey]int32{}
+	for i, rule := range r.rules {
+		if len(rule.From) == 0 {
+			continue
+		}
+		l, ok := seen[keyOf(rule.From)]
+		if !ok {
+			l = int32(len(x.lists))
+			seen[keyOf(rule.From)] = l
+			x.lists = append(x.lists, nil)
+			x.addList(l, rule.From)
+		}
+		x.lists[l] = append(x.lists[l], int32(i))
+	}
+	for t, target := range r.targets {
+		x.dests[t] = r.covered(target.to)
+	}
+	r.sources.Store(x)
+	return x
+}
+
+func (x *sourceIndex) addList(l int32, from []identity.Pattern) {
+	for _, p := range from {
+		if _, exact := p.Exact(); exact {
+			x.exact[p.String()] = append(x.exact[p.String()], l)
+		} else if !p.IsZero() {
+			at := x.wild.add(p.String())
+			*at = append(*at, l)
+		}
+	}
+}
+
+// covered gives the indexes of the workloads that some pattern matches.
+func (r *Ruleset) covered(to []identity.Pattern) []int32 {
+	var out []int32
+	for _, p := range to {
+		if _, exact := p.Exact(); exact {
+			if w, ok := r.workloadIndex(p.String()); ok {
+				out = append(out, int32(w))
+			}
+			continue
+		}
+		for w := range r.workloads {
+			if p.Match(r.workloads[w].ID) {
+				out = append(out, int32(w))
+			}
+		}
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}

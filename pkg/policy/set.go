@@ -1,0 +1,150 @@
+package policy
+
+import (
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Limits of what a user may write. They keep a mistake (or a hostile file) from
+// exhausting the control plane; errors name the limit.
+const (
+	MaxFileSize = 4 << 20  // bytes in one file
+	MaxFiles    = 2000     // files in one set
+	MaxSetSize  = 32 << 20 // bytes in one set
+	MaxSets     = 1000     // sets in one folder
+	MaxTreeSize = 64 << 20 // bytes in all sets of one folder
+	MaxRules    = 200_000  // compiled rules in all sets
+	MaxErrors   = 50       // mistakes reported at once; more are counted
+)
+
+// Set is the content of one folder of resource files: what is applied as a
+// whole or not at all. A Set from [Parse] is valid by itself; references into
+// other sets are checked by [Compile].
+type Set struct {
+	Name      string // "" is the root set
+	Workloads []Workload
+	Policies  []Policy
+	Tests     []PolicyTest
+
+	sources map[string][]byte // :: reported file path → content, for snippets
+}
+
+// Workload is a named service: its identity, how it proves it, what it serves.
+type Workload struct {
+	Name   string            // metadata.name, a DNS label
+	Set    string            // "" is the root set
+	ID     string            // path of its SPIFFE ID; "/<name>" unless written
+	Labels map[string]string // what selectors match
+	Attest []Attest          // any one proves it; none: it cannot enrol
+	Ports  []Port            // in the order written
+	File   string            // path below the policy folder, with slashes
+	Line   int               // of metadata.name, from 1
+	Col    int               // in characters, from 1
+
+	id pos // of spec.id where written, else of metadata.name
+}
+
+// Attest is one kind of evidence that proves a workload.
+type Attest struct {
+	Kind string // [JoinToken] is the only one of this version
+}
+
+// JoinToken is the evidence kind of a single-use token made by the operator for
+// one workload. As the token names its workload, no two workloads can be proved
+// by the same one.
+const JoinToken = "join-token"
+
+// Policy says who may, and who must not, reach the workloads that To selects.
+type Policy struct {
+	Name  string // metadata.name, a DNS label
+	Set   string // "" is the root set
+	To    Selector
+	Allow []Entry
+	Deny  []Entry // wins over every Allow, of any policy
+	File  string  // path below the policy folder, with slashes
+	Line  int     // of metadata.name, from 1
+	Col   int     // in characters, from 1
+}
+
+// Entry is one element of a Policy's allow or deny list.
+type Entry struct {
+	From   []Selector // any one of them matches
+	Ports  []PortRef  // any one of them; [all] is one PortRef with All set
+	Reason string     // at most [MaxReason] bytes, printable
+
+	pos
+}
+
+// MaxReason is the longest reason of a rule, in bytes.
+const MaxReason = 256
+
+// Selector picks identities. Exactly one of its exported fields is set.
+type Selector struct {
+	Workload string            // metadata.name
+	Labels   map[string]string // all of them must match
+	ID       string            // "/a/*" in this trust domain, or "spiffe://td/a/**"
+
+	pos
+}
+
+// PortRef names a port: all of them, a declared name or a number. The zero
+// PortRef names none.
+type PortRef struct {
+	All    bool
+	Name   string
+	Number uint16
+
+	pos
+}
+
+// PolicyTest is a list of questions with the expected answers, asked by
+// [RunTests] before a change lands.
+type PolicyTest struct {
+	Name  string // metadata.name, a DNS label
+	Set   string // "" is the root set
+	Cases []Case
+	File  string // path below the policy folder, with slashes
+	Line  int    // of metadata.name, from 1
+	Col   int    // in characters, from 1
+}
+
+// Case asks whether From may reach Port of To.
+type Case struct {
+	From   string  // a workload's name, or an ID as in Selector.ID without wildcards
+	To     string  // the same; must be a workload
+	Port   PortRef // zero: every declared port of To
+	Expect Effect
+
+	pos      // of the case
+	from, to pos
+}
+
+// CompiledWorkload is a Workload with its full identity.
+type CompiledWorkload struct {
+	Workload
+	ID spiffeid.ID
+}
+
+// Port gives the declared port that has this number.
+func (w CompiledWorkload) Port(number uint16) (Port, bool) {
+	for _, p := range w.Ports {
+		if p.Number == number {
+			return p, true
+		}
+	}
+	return Port{}, false
+}
+
+// PortByName gives the declared port of this name.
+func (w CompiledWorkload) PortByName(name string) (Port, bool) {
+	for _, p := range w.Ports {
+		if p.Name == name {
+			return p, true
+		}
+	}
+	return Port{}, false
+}
+
+// pos is a place in a file; the file is the one of the resource around it.
+type pos struct {
+	line, col int // from 1, col in characters; zero: unknown
+}

@@ -1,0 +1,188 @@
+package policy
+
+import (
+	"flag"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"testing/fstest"
+
+	"github.com/rogpeppe/go-internal/txtar"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/stretchr/testify/require"
+)
+
+var update = flag.Bool("update", false, "write what the stories give into testdata/stories")
+
+var td = spiffeid.RequireTrustDomainFromString("shop.example")
+
+// TestStories tells each story of testdata/stories: the files of a policy
+// folder, and what comes of them. Sections besides files:
+//
+//	errors     what is refused, exactly as shown
+//	decisions  lines SRC DST PORT: what explain says on its first two lines
+//	explain    lines SRC DST PORT, then the full explanation
+//	reach      lines SRC: DST ...
+//	tests      the output of the policy tests
+//	diff       the difference from the files below before/
+//
+// A line "chop FILE" in the introduction takes away the last newline of FILE.
+func TestStories(t *testing.T) {
+	paths, err := filepath.Glob("testdata/stories/*.txtar")
+	require.NoError(t, err)
+	if len(paths) < 30 {
+		t.Fatalf("found %d stories, want 30 or more", len(paths))
+	}
+	for _, path := range paths {
+		t.Run(strings.TrimSuffix(filepath.Base(path), ".txtar"), func(t *testing.T) {
+			ar, err := txtar.ParseFile(path)
+			require.NoError(t, err)
+			s := readStory(ar)
+			checked := false
+			for i, f := range ar.Files {
+				got, ok := s.tell(t, f.Name, string(f.Data))
+				if !ok {
+					continue
+				}
+				checked = true
+				if *update {
+					ar.Files[i].Data = []byte(got)
+				} else if got != string(f.Data) {
+					t.Errorf("section %s:\ngot:\n%s\nwant:\n%s", f.Name, got, f.Data)
+				}
+			}
+			if !checked {
+				t.Error("the story has no section that says what comes of it")
+			}
+			if s.err != nil && !s.told["errors"] {
+				t.Errorf("unexpected errors:\n%v", s.err)
+			}
+			if *update {
+				require.NoError(t, os.WriteFile(path, txtar.Format(ar), 0o666))
+			}
+		})
+	}
+}
+
+type story struct {
+	sets []*Set
+	rs   *Ruleset
+	err  error
+	old  *Ruleset
+	told map[string]bool
+}
+
+func readStory(ar *txtar.Archive) *story {
+	now, before := fstest.MapFS{}, fstest.MapFS{}
+	for _, f := range ar.Files {
+		data := string(f.Data)
+		if strings.Contains(string(ar.Comment), "chop "+f.Name+"\n") {
+			data = strings.TrimSuffix(data, "\n")
+		}
+		switch name, old := strings.CutPrefix(f.Name, "before/"); {
+		case old:
+			before[name] = &fstest.MapFile{Data: []byte(data)}
+		case strings.Contains(f.Name, "."):
+			now[f.Name] = &fstest.MapFile{Data: []byte(data)}
+		}
+	}
+	s := &story{told: map[string]bool{}}
+	s.sets, s.rs, s.err = load(now)
+	if len(before) > 0 && s.err == nil {
+		_, s.old, s.err = load(before)
+	}
+	return s
+}
+
+func load(fsys fs.FS) ([]*Set, *Ruleset, error) {
+	sets, err := ParseTree(fsys)
+	if err != nil {
+		return nil, nil, err
+	}
+	rs, err := Compile(td, sets)
+	return sets, rs, err
+}
+
+// tell gives what comes of the story; false for a section that is a file.
+func (s *story) tell(t *testing.T, section, asked string) (string, bool) {
+	if strings.Contains(section, ".") {
+		return "", false
+	}
+	s.told[section] = true
+	if section == "errors" {
+		if s.err == nil {
+			return "none\n", true
+		}
+		return s.err.Error() + "\n", true
+	}
+	if s.err != nil {
+		t.Fatalf("unexpected errors:\n%v", s.err)
+	}
+	switch section {
+	case "decisions", "explain":
+		var b strings.Builder
+		for line := range strings.Lines(asked) {
+			if strings.HasPrefix(line, " ") {
+				continue // an earlier answer
+			}
+			full := s.rs.Explain(s.request(t, strings.Fields(line))).String()
+			answer := strings.SplitAfter(full, "\n")
+			if section == "decisions" {
+				b.WriteString(strings.TrimSpace(line) + "\n" + "    " + strings.TrimSpace(strings.SplitN(answer[0], ":", 2)[0]) + ": " + strings.TrimSpace(answer[1]) + "\n")
+				continue
+			}
+			b.WriteString(strings.TrimSpace(line) + "\n")
+			for _, a := range answer {
+				if a != "" {
+					b.WriteString("    " + a)
+				}
+			}
+		}
+		return b.String(), true
+	case "reach":
+		var b strings.Builder
+		for line := range strings.Lines(asked) {
+			src := strings.TrimSuffix(strings.Fields(line)[0], ":")
+			fmt.Fprintf(&b, "%s:", src)
+			for _, id := range s.rs.Reach(s.id(t, src)) {
+				fmt.Fprintf(&b, " %s", s.rs.title(id.String()))
+			}
+			b.WriteString("\n")
+		}
+		return b.String(), true
+	case "tests":
+		return RunTests(s.rs, s.sets).String(), true
+	case "diff":
+		d := Compare(s.old, s.rs)
+		return d.String() + fmt.Sprintf("only removes: %t\n", d.OnlyRemoves()), true
+	}
+	t.Fatalf("unknown section %q", section)
+	return "", false
+}
+
+func (s *story) id(t *testing.T, ref string) spiffeid.ID {
+	id, problem := refID(td, ref, s.rs.nameToID)
+	if problem != "" {
+		t.Fatal(problem)
+	}
+	return id
+}
+
+func (s *story) request(t *testing.T, f []string) Request {
+	require.Len(t, f, 3, "want SRC DST PORT")
+	q := Request{Src: s.id(t, f[0]), Dst: s.id(t, f[1])}
+	n, err := strconv.ParseUint(f[2], 10, 16)
+	if err == nil {
+		q.Port = uint16(n)
+		return q
+	}
+	w, _ := s.rs.Workload(q.Dst)
+	p, ok := w.PortByName(f[2])
+	require.True(t, ok, "port %s of %s", f[2], f[1])
+	q.Port = p.Number
+	return q
+}
