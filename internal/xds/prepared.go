@@ -1,0 +1,166 @@
+package xds
+
+import (
+	"crypto/x509"
+	"fmt"
+	"slices"
+	"sync"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/sallyport-mesh/sallyport/pkg/policy"
+)
+
+// prepared is a snapshot with its shared resources marshalled, each once for all
+// nodes. What did not change is taken over from the one before.
+type prepared struct {
+	snap     *Snapshot
+	rev      string
+	services map[string]*serviceForm // :: SPIFFE ID → its wire form
+	secrets  map[string]*secretForm  // :: "spiffe://td" → its wire form
+	slices   *sliceCache
+}
+
+type serviceForm struct {
+	of              Service // what was marshalled
+	cluster, assign *Resource
+}
+
+type secretForm struct {
+	of       []*x509.Certificate // what was marshalled
+	resource *Resource
+}
+
+func prepare(snap *Snapshot, old *prepared, log hclog.Logger) *prepared {
+	p := &prepared{
+		snap:     snap,
+		rev:      snap.Rev.String(),
+		services: make(map[string]*serviceForm, len(snap.Services)),
+		secrets:  make(map[string]*secretForm, len(snap.Bundles)),
+		slices:   &sliceCache{rules: snap.Rules},
+	}
+	if old == nil {
+		old = &prepared{slices: &sliceCache{}}
+	}
+	if old.slices.rules == snap.Rules {
+		p.slices = old.slices
+	}
+	for id, s := range snap.Services {
+		name := id.String()
+		form, err := formOfService(id, s, old.services[name])
+		if err != nil {
+			log.Error("service kept in its last good form", "id", id, "error", err)
+		}
+		if form != nil {
+			p.services[name] = form
+		}
+	}
+	for td, roots := range snap.Bundles {
+		name := td.IDString()
+		form, err := formOfBundle(td, roots, old.secrets[name])
+		if err != nil {
+			log.Error("trust bundle kept in its last good form", "trust_domain", td, "error", err)
+		}
+		if form != nil {
+			p.secrets[name] = form
+		}
+	}
+	return p
+}
+
+// formOfService returns last where nothing changed, and beside an error.
+func formOfService(id spiffeid.ID, s Service, last *serviceForm) (*serviceForm, error) {
+	s.ID = id
+	if last != nil && slices.Equal(last.of.Ports, s.Ports) && slices.EqualFunc(last.of.Endpoints, s.Endpoints, sameEndpoint) {
+		return last, nil
+	}
+	cluster, err := clusterResource(s)
+	if err != nil {
+		return last, err
+	}
+	assign, err := endpointResource(s)
+	if err != nil {
+		return last, err
+	}
+	return &serviceForm{of: s, cluster: cluster, assign: assign}, nil
+}
+
+func sameEndpoint(a, b Endpoint) bool {
+	return a.Instance == b.Instance && a.Addr == b.Addr && slices.Equal(a.Ports, b.Ports)
+}
+
+func formOfBundle(td spiffeid.TrustDomain, roots []*x509.Certificate, last *secretForm) (*secretForm, error) {
+	if last != nil && slices.EqualFunc(last.of, roots, (*x509.Certificate).Equal) {
+		return last, nil
+	}
+	r, err := secretResource(td, roots)
+	if err != nil {
+		return last, err
+	}
+	return &secretForm{of: roots, resource: r}, nil
+}
+
+// sliceCache holds what one set of rules means to each node, made when the first
+// stream of that node asks. Streams of one workload share it.
+type sliceCache struct {
+	rules *policy.Ruleset
+	nodes sync.Map // :: spiffeid.ID → *nodeSlice
+}
+
+// nodeSlice is one node's part of the rules, in wire form.
+type nodeSlice struct {
+	ports []policy.Port // what it was made for
+	once  sync.Once
+
+	err       error // set by fill, as are the fields below
+	resources map[string][]*Resource
+	reach     []string // SPIFFE IDs that the node may reach, ascending
+}
+
+// slice returns what id may know of the rules. Its error means that the node's
+// rules have no wire form; the node then keeps what it has.
+func (p *prepared) slice(id spiffeid.ID) *nodeSlice {
+	ports := p.snap.Services[id].Ports
+	for {
+		v, ok := p.slices.nodes.Load(id)
+		n, _ := v.(*nodeSlice)
+		if !ok || !slices.Equal(n.ports, ports) {
+			fresh := &nodeSlice{ports: ports}
+			if !ok {
+				v, _ = p.slices.nodes.LoadOrStore(id, fresh)
+			} else if !p.slices.nodes.CompareAndSwap(id, n, fresh) {
+				continue // another stream of the same workload was first
+			} else {
+				v = fresh
+			}
+			n = v.(*nodeSlice)
+		}
+		if slices.Equal(n.ports, ports) {
+			n.once.Do(func() { n.fill(id, p.slices.rules) })
+			return n
+		}
+	}
+}
+
+func (n *nodeSlice) fill(id spiffeid.ID, rules *policy.Ruleset) {
+	var mine *policy.Ruleset
+	if rules != nil {
+		mine = rules.For(id)
+		for _, r := range rules.Reach(id) {
+			n.reach = append(n.reach, r.String())
+		}
+		slices.Sort(n.reach)
+	}
+	if n.resources, n.err = ownResources(id, n.ports, mine); n.err != nil {
+		return
+	}
+	for _, list := range n.resources {
+		for _, r := range list {
+			if size := proto.Size(r); size > maxResource {
+				n.err = fmt.Errorf("%s of %s would take %d bytes; a sidecar accepts %d", r.Name, id, size, maxResource)
+			}
+		}
+	}
+}

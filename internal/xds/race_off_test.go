@@ -1,0 +1,5 @@
+//go:build !race
+
+package xds
+
+const fanOut = 1000 // streams

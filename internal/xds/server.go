@@ -1,0 +1,289 @@
+package xds
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"github.com/hashicorp/go-hclog"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
+)
+
+// ServerConfig sets up a [Server]. The zero value of each field but Log is
+// usable.
+type ServerConfig struct {
+	Log hclog.Logger // required
+	// Authorize refuses a caller that may not have a view, for example one whose
+	// workload no longer exists. Nil admits every authenticated caller. It is
+	// asked when a stream opens; [Server.Disconnect] ends streams later.
+	Authorize func(identity.Peer) error
+	Now       func() time.Time // default time.Now
+
+	// AnswerTimeout is how long a node may take to receive and answer one
+	// response before its stream is cut. Default 30 s.
+	AnswerTimeout time.Duration
+	// MaxStreams is how many streams one identity may hold. Default 1,000, so
+	// the number of instances of one workload at one control plane.
+	MaxStreams int
+	// MaxSubscriptions is how many names, over all types, one stream may ask
+	// for or declare to hold. Default 10,000.
+	MaxSubscriptions int
+}
+
+// Server serves delta ADS: to each node what its own identity needs, cut from
+// the newest [Snapshot]. Who the node is, its certificate says; what it claims
+// in its requests only names its instance.
+//
+// Streams share nothing that they lock for longer than a map access. A change
+// sets each stream's one-slot mailbox; the stream then compares the newest
+// snapshot with what its node holds, so any number of changes while a node is
+// busy become one response.
+type Server struct {
+	discoveryv3.UnimplementedAggregatedDiscoveryServiceServer
+
+	cfg     ServerConfig
+	current atomic.Pointer[prepared] // nil before the first snapshot
+	publish sync.Mutex               // serialises SetSnapshot
+	running sync.WaitGroup           // handlers and their goroutines
+
+	mu      sync.Mutex
+	closed  bool                       // guarded by mu
+	streams map[*stream]struct{}       // guarded by mu
+	held    map[spiffeid.ID]int        // guarded by mu :: identity → its open streams
+	waiters map[chan struct{}]struct{} // guarded by mu; one-slot, told of each status change
+}
+
+var _ discoveryv3.AggregatedDiscoveryServiceServer = (*Server)(nil)
+
+// NewServer returns a server without a snapshot: until [Server.SetSnapshot]
+// nodes may connect but are sent nothing.
+func NewServer(cfg ServerConfig) *Server {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.AnswerTimeout == 0 {
+		cfg.AnswerTimeout = 30 * time.Second
+	}
+	if cfg.MaxStreams == 0 {
+		cfg.MaxStreams = 1000
+	}
+	if cfg.MaxSubscriptions == 0 {
+		cfg.MaxSubscriptions = 10_000
+	}
+	return &Server{
+		cfg:     cfg,
+		streams: make(map[*stream]struct{}),
+		held:    make(map[spiffeid.ID]int),
+		waiters: make(map[chan struct{}]struct{}),
+	}
+}
+
+// SetSnapshot makes snap what every node's view is cut from. It marshals what
+// is new and returns; the streams send in their own time. snap must not change
+// afterwards. A service or bundle that cannot be expressed is logged and keeps
+// its last good form.
+func (s *Server) SetSnapshot(snap *Snapshot) {
+	s.publish.Lock()
+	defer s.publish.Unlock()
+	s.current.Store(prepare(snap, s.current.Load(), s.cfg.Log))
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for st := range s.streams {
+		poke(st.dirty)
+	}
+}
+
+// poke fills a one-slot mailbox.
+func poke(box chan struct{}) {
+	select {
+	case box <- struct{}{}:
+	default:
+	}
+}
+
+// DeltaAggregatedResources implements the ADS RPC. It ends with Unauthenticated
+// when there is no caller or its certificate has expired, PermissionDenied when
+// it claims to be someone else or was disconnected, ResourceExhausted at a
+// limit, and Unavailable on Close.
+func (s *Server) DeltaAggregatedResources(ads deltaStream) error {
+	peer, ok := identity.PeerFromContext(ads.Context())
+	if !ok || peer.Leaf == nil || peer.ID.IsZero() {
+		return status.Error(codes.Unauthenticated, "a client certificate is required")
+	}
+	if s.cfg.Authorize != nil {
+		if err := s.cfg.Authorize(peer); err != nil {
+			return status.Error(codes.PermissionDenied, err.Error())
+		}
+	}
+	st, err := s.open(peer)
+	if err != nil {
+		return err
+	}
+	defer s.end(st)
+	return st.run(ads)
+}
+
+func (s *Server) open(peer identity.Peer) (*stream, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, status.Error(codes.Unavailable, "the control plane is stopping")
+	}
+	if s.held[peer.ID] >= s.cfg.MaxStreams {
+		return nil, status.Errorf(codes.ResourceExhausted, "%s holds %d streams already", peer.ID, s.cfg.MaxStreams)
+	}
+	st := newStream(s, peer)
+	s.held[peer.ID]++
+	s.streams[st] = struct{}{}
+	s.running.Add(1)
+	return st, nil
+}
+
+func (s *Server) end(st *stream) {
+	s.mu.Lock()
+	delete(s.streams, st)
+	if s.held[st.peer.ID]--; s.held[st.peer.ID] == 0 {
+		delete(s.held, st.peer.ID)
+	}
+	s.mu.Unlock()
+	s.changed()
+	s.running.Done()
+}
+
+// Disconnect cuts every stream of id now. It does not keep id from coming back;
+// ServerConfig.Authorize does.
+func (s *Server) Disconnect(id spiffeid.ID) {
+	s.cut(status.Error(codes.PermissionDenied, "disconnected by the control plane"), func(st *stream) bool { return st.peer.ID == id })
+}
+
+// Close ends every stream, refuses new ones, and returns when nothing of this
+// server runs any more.
+func (s *Server) Close() {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.cut(status.Error(codes.Unavailable, "the control plane is stopping"), func(*stream) bool { return true })
+	s.running.Wait()
+}
+
+func (s *Server) cut(why error, which func(*stream) bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for st := range s.streams {
+		if !which(st) {
+			continue
+		}
+		select {
+		case st.cut <- why:
+		default: // already being cut
+		}
+	}
+}
+
+// NodeStatus says how far one connected node has come.
+type NodeStatus struct {
+	ID        spiffeid.ID
+	Instance  string    // as the node names itself; "" before its first request
+	Acked     Revision  // it holds and has acknowledged everything up to here; zero before it has all kinds
+	Nack      string    // what it refuses at present and why, with the type in front; "" if nothing
+	NackRev   Revision  // the revision that it refused; zero without Nack
+	Connected time.Time // when the stream was opened
+
+	SVIDExpires time.Time // not-after of the certificate that opened the stream
+}
+
+// Nodes returns the status of every open stream, ordered by ID, instance and
+// age.
+func (s *Server) Nodes() []NodeStatus {
+	s.mu.Lock()
+	out := make([]NodeStatus, 0, len(s.streams))
+	for st := range s.streams {
+		out = append(out, st.currentStatus())
+	}
+	s.mu.Unlock()
+	slices.SortFunc(out, func(a, b NodeStatus) int {
+		if c := strings.Compare(a.ID.String(), b.ID.String()); c != 0 {
+			return c
+		}
+		if c := strings.Compare(a.Instance, b.Instance); c != 0 {
+			return c
+		}
+		return a.Connected.Compare(b.Connected)
+	})
+	return out
+}
+
+// WaitAcked waits until every connected node has answered for rev or a later
+// revision, or until ctx is done. Acked nodes hold everything of it (a node that
+// rev does not concern does so at once); nacks refuse a part of it and keep the
+// last good state of that kind; pending ones have not answered: ctx ended before,
+// or they connected just now.
+func (s *Server) WaitAcked(ctx context.Context, rev Revision) (acked, pending, nacks []NodeStatus) {
+	wake := make(chan struct{}, 1)
+	s.mu.Lock()
+	s.waiters[wake] = struct{}{}
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		delete(s.waiters, wake)
+		s.mu.Unlock()
+	}()
+	for !s.settled(rev) && ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+		case <-wake:
+		}
+	}
+	for _, n := range s.Nodes() {
+		switch {
+		case n.refused(rev):
+			nacks = append(nacks, n)
+		case n.holds(rev):
+			acked = append(acked, n)
+		default:
+			pending = append(pending, n)
+		}
+	}
+	return acked, pending, nacks
+}
+
+// settled reports whether rev is out and no open stream still owes an answer. It
+// stops at the first that does, so asking often is cheap.
+func (s *Server) settled(rev Revision) bool {
+	if p := s.current.Load(); p == nil || p.snap.Rev.Less(rev) {
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for st := range s.streams {
+		if n := st.currentStatus(); !n.refused(rev) && !n.holds(rev) {
+			return false
+		}
+	}
+	return true
+}
+
+func (n NodeStatus) refused(rev Revision) bool { return n.Nack != "" && !n.NackRev.Less(rev) }
+
+func (n NodeStatus) holds(rev Revision) bool { return n.Nack == "" && !n.Acked.Less(rev) }
+
+// changed tells everyone who waits that a status is new.
+func (s *Server) changed() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for w := range s.waiters {
+		poke(w)
+	}
+}
+
+// String names the node for logs and errors.
+func (n NodeStatus) String() string { return fmt.Sprintf("%s (%s)", n.ID, n.Instance) }

@@ -1,0 +1,272 @@
+package xds
+
+import (
+	"context"
+	"errors"
+	"io"
+	"strconv"
+	"sync"
+	"time"
+
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"golang.org/x/time/rate"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
+)
+
+type deltaStream = discoveryv3.AggregatedDiscoveryService_DeltaAggregatedResourcesServer
+
+// stream is one node's ADS stream. Its handler's goroutine owns every field
+// without a note; two helpers, which end with the stream, receive and send, as
+// both may block for as long as the node likes.
+type stream struct {
+	srv   *Server
+	peer  identity.Peer
+	dirty chan struct{} // one slot: there is a new snapshot
+	cut   chan error    // one slot: end now
+
+	subs  map[string]*subscription // :: type URL
+	nonce uint64
+	queue []*discoveryv3.DeltaDiscoveryResponse // at most one per type
+	busy  bool                                  // a send is under way
+	sent  chan error                            // its result
+
+	mu     sync.Mutex
+	status NodeStatus // guarded by mu
+}
+
+func newStream(s *Server, peer identity.Peer) *stream {
+	st := &stream{
+		srv: s, peer: peer,
+		dirty: make(chan struct{}, 1),
+		cut:   make(chan error, 1),
+		sent:  make(chan error, 1),
+		subs:  make(map[string]*subscription),
+	}
+	st.status = NodeStatus{ID: peer.ID, Connected: s.cfg.Now(), SVIDExpires: peer.Leaf.NotAfter}
+	return st
+}
+
+// run serves the stream until it ends. It returns at once when it has to, even
+// while a send blocks: returning is what makes the blocked send give up.
+func (st *stream) run(ads deltaStream) error {
+	ctx, cancel := context.WithCancel(ads.Context())
+	defer cancel()
+	requests := make(chan *discoveryv3.DeltaDiscoveryRequest)
+	ended := make(chan error, 1)
+	st.srv.running.Go(func() { ended <- receive(ctx, ads, requests) })
+	clock := time.NewTimer(0)
+	defer clock.Stop()
+	for {
+		select {
+		case err := <-st.cut:
+			return err
+		case err := <-ended:
+			return err
+		case r := <-requests:
+			if err := st.request(r); err != nil {
+				return err
+			}
+		case <-st.dirty:
+		case err := <-st.sent:
+			if st.busy = false; err != nil {
+				return err
+			}
+		case <-clock.C:
+		}
+		st.refresh()
+		st.send(ads)
+		wait, err := st.deadline()
+		if err != nil {
+			return err
+		}
+		clock.Reset(wait)
+	}
+}
+
+// receive hands on requests one by one and no faster than a sidecar needs: a
+// node that sends more is slowed down by flow control.
+func receive(ctx context.Context, ads deltaStream, out chan<- *discoveryv3.DeltaDiscoveryRequest) error {
+	pace := rate.NewLimiter(requestRate, requestBurst)
+	for {
+		r, err := ads.Recv()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := pace.Wait(ctx); err != nil {
+			return status.FromContextError(ctx.Err()).Err()
+		}
+		select {
+		case out <- r:
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		}
+	}
+}
+
+// request takes in one request: who it says it is, what it answers, what it
+// asks for.
+func (st *stream) request(r *discoveryv3.DeltaDiscoveryRequest) error {
+	if err := checkRequest(r); err != nil {
+		return err
+	}
+	if err := st.identify(r.GetNode().GetId()); err != nil {
+		return err
+	}
+	if newMessage(r.GetTypeUrl()) == nil {
+		// A newer sidecar may want more than this version has; it is not told so.
+		st.srv.cfg.Log.Debug("unknown resource type asked for", "id", st.peer.ID, "type", clip(r.GetTypeUrl(), 200))
+		return nil
+	}
+	t, known := st.subs[r.GetTypeUrl()]
+	if !known {
+		t = newSubscription(r.GetTypeUrl())
+		st.subs[r.GetTypeUrl()] = t
+	}
+	nacked := t.nack
+	t.settle(r)
+	if t.nack != "" && t.nack != nacked {
+		st.srv.cfg.Log.Warn("node refuses an update", "id", st.peer.ID, "instance", st.currentStatus().Instance, "revision", t.nackRev, "error", t.nack)
+	}
+	t.change(r, !known)
+	return st.checkNames(r)
+}
+
+// checkNames bounds what a stream makes the server remember: names asked for,
+// and names said to be held that do not exist.
+func (st *stream) checkNames(r *discoveryv3.DeltaDiscoveryRequest) error {
+	names := 0
+	for _, t := range st.subs {
+		names += len(t.names)
+	}
+	if p := st.srv.current.Load(); p != nil {
+		for name := range r.GetInitialResourceVersions() {
+			if p.services[name] == nil {
+				names++
+			}
+		}
+	} else {
+		names += len(r.GetInitialResourceVersions())
+	}
+	if names > st.srv.cfg.MaxSubscriptions {
+		return status.Errorf(codes.ResourceExhausted, "more than %d resource names on one stream", st.srv.cfg.MaxSubscriptions)
+	}
+	return nil
+}
+
+// identify takes the instance from the first request and holds the stream to
+// it.
+func (st *stream) identify(instance string) error {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.status.Instance != "" && (instance == "" || instance == st.status.Instance) {
+		return nil
+	}
+	if err := checkInstance(instance); err != nil {
+		return err
+	}
+	if st.status.Instance != "" {
+		return status.Error(codes.PermissionDenied, "node.id changed within a stream")
+	}
+	st.status.Instance = instance
+	return nil
+}
+
+// refresh compares what the node holds with the newest snapshot, queues what
+// differs, and notes how far the node is.
+func (st *stream) refresh() {
+	p := st.srv.current.Load()
+	if p == nil || len(st.subs) == 0 {
+		return
+	}
+	v := nodeView{p: p, slice: p.slice(st.peer.ID)}
+	for _, typeURL := range wireTypes() {
+		t := st.subs[typeURL]
+		if t == nil || t.pending != nil || t.seen == p {
+			continue
+		}
+		t.seen = p
+		if own := typeURL == ListenerType || typeURL == ExtensionType; own && v.slice.err != nil {
+			t.nack, t.nackRev = "translating rules: "+v.slice.err.Error(), p.snap.Rev
+			continue
+		}
+		resp := t.next(v)
+		if resp == nil {
+			continue
+		}
+		st.nonce++
+		resp.Nonce = strconv.FormatUint(st.nonce, 10)
+		t.pending.nonce, t.pending.since = resp.Nonce, st.srv.cfg.Now()
+		st.queue = append(st.queue, resp)
+	}
+	st.report()
+}
+
+// send starts sending the next queued response unless one is under way.
+func (st *stream) send(ads deltaStream) {
+	if st.busy || len(st.queue) == 0 {
+		return
+	}
+	resp := st.queue[0]
+	st.queue, st.busy = st.queue[1:], true
+	st.srv.running.Go(func() { st.sent <- ads.Send(resp) })
+}
+
+// deadline returns how long nothing can be due, or why the stream must end.
+func (st *stream) deadline() (time.Duration, error) {
+	now := st.srv.cfg.Now()
+	wait := st.peer.Leaf.NotAfter.Sub(now)
+	if wait <= 0 {
+		return 0, status.Error(codes.Unauthenticated, "the client certificate has expired; connect with a new one")
+	}
+	for _, t := range st.subs {
+		if t.pending == nil {
+			continue
+		}
+		left := t.pending.since.Add(st.srv.cfg.AnswerTimeout).Sub(now)
+		if left <= 0 {
+			return 0, status.Errorf(codes.DeadlineExceeded, "no answer about %s for %s", shortType(t.typeURL), st.srv.cfg.AnswerTimeout)
+		}
+		wait = min(wait, left)
+	}
+	return wait, nil
+}
+
+// report publishes the node's status. A node has come as far as the type that
+// is furthest behind, and nowhere before it has asked for all of them.
+func (st *stream) report() {
+	st.mu.Lock()
+	old := st.status
+	next := NodeStatus{ID: old.ID, Instance: old.Instance, Connected: old.Connected}
+	for i, typeURL := range wireTypes() {
+		t := st.subs[typeURL]
+		if t == nil {
+			next.Acked = Revision{}
+			break
+		}
+		if i == 0 || t.acked.Less(next.Acked) {
+			next.Acked = t.acked
+		}
+	}
+	for _, typeURL := range wireTypes() {
+		if t := st.subs[typeURL]; t != nil && t.nack != "" && next.Nack == "" {
+			next.Nack, next.NackRev = t.nack, t.nackRev
+		}
+	}
+	st.status = next
+	st.mu.Unlock()
+	if next != old {
+		st.srv.changed()
+	}
+}
+
+func (st *stream) currentStatus() NodeStatus {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	return st.status
+}
