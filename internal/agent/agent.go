@@ -1,0 +1,261 @@
+// Package agent obtains a sidecar's identity and keeps it valid: it enrols with
+// the control plane, renews the SVID with a fresh key long before it ends, and
+// remembers just enough on disk to come back after a restart.
+//
+// What it gets, it puts into an [identity.Source]; it carries no traffic and
+// decides nothing. SVID keys stay in memory. On disk are the enrolment key, which
+// is good only for re-enrolling this very instance, and the trust bundles.
+package agent
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/sallyport-mesh/sallyport/internal/issuer/attest"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
+)
+
+// Config configures an [Agent].
+type Config struct {
+	// ControlPlane is the control plane's gRPC address, host:port.
+	ControlPlane string
+	// Token is a join token, as printed by "sallyport token create". It is needed
+	// for the first start only, and may stay where it is afterwards.
+	Token string
+	// StateDir is a folder of this instance alone. It is made if missing.
+	StateDir string
+
+	Now func() time.Time // nil: time.Now
+	Log hclog.Logger     // nil: discard
+}
+
+// Agent keeps one identity. Its methods are safe for concurrent use.
+type Agent struct {
+	cfg   Config
+	log   hclog.Logger
+	token *attest.Token // nil: none
+	live  identity.Live
+	ready chan struct{} // closed with the first SVID
+	poll  time.Duration // longest sleep between two looks at the clock
+
+	save sync.Mutex // one writer of the state file; never held on the network
+
+	mu     sync.Mutex
+	state  state // what is on disk
+	status Status
+}
+
+// State says how an identity is doing.
+type State string
+
+// States.
+const (
+	Enrolling State = "enrolling" // there is no SVID yet
+	Valid     State = "valid"
+	Degraded  State = "degraded" // the SVID is valid, but renewing it does not work
+	Expired   State = "expired"  // peers refuse the SVID; renewing goes on
+)
+
+// Status is an agent's health.
+type Status struct {
+	State    State
+	Detail   string    // what is wrong and what happens next; empty when Valid
+	Since    time.Time // when Detail began; zero when Valid
+	NotAfter time.Time // of the present SVID
+	Renewals uint64    // SVIDs obtained since start, the first not counted
+}
+
+// New prepares an agent and reads its state folder. It contacts nobody. Without
+// a token and without state of an earlier enrolment there is nothing to enrol
+// with, which is an error that says what to do.
+func New(cfg Config) (*Agent, error) {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Log == nil {
+		cfg.Log = hclog.NewNullLogger()
+	}
+	if _, _, err := net.SplitHostPort(cfg.ControlPlane); err != nil {
+		return nil, fmt.Errorf("control plane address %q: want host:port", cfg.ControlPlane)
+	}
+	if cfg.StateDir == "" {
+		return nil, errors.New("a state folder is required")
+	}
+	a := &Agent{cfg: cfg, log: cfg.Log.Named("agent"), ready: make(chan struct{}), poll: maxSleep}
+	var err error
+	if a.state, err = loadState(cfg.StateDir); err != nil {
+		return nil, err
+	}
+	if err := a.readToken(); err != nil {
+		return nil, err
+	}
+	if a.state.enrolled() {
+		a.live.SetBundles(a.state.bundles)
+	}
+	a.status = Status{State: Enrolling, Detail: "not enrolled yet", Since: cfg.Now()}
+	return a, nil
+}
+
+func (a *Agent) readToken() error {
+	if a.cfg.Token == "" {
+		if a.state.enrolled() {
+			return nil
+		}
+		return fmt.Errorf("no join token, and no earlier enrolment in %s; make a token on the control plane: sallyport token create --workload NAME", a.cfg.StateDir)
+	}
+	t, err := attest.ParseToken(a.cfg.Token)
+	switch {
+	case err == nil:
+		a.token = &t
+	case a.state.enrolled():
+		a.log.Warn("ignoring the join token; this instance is enrolled already", "error", err)
+	default:
+		return err
+	}
+	return nil
+}
+
+// Source is the identity to present and what to trust. It answers
+// [identity.ErrNoIdentity] before the first SVID.
+func (a *Agent) Source() identity.Source { return &a.live }
+
+// Generation changes with each new SVID and bundle; see [identity.Live].
+func (a *Agent) Generation() uint64 { return a.live.Generation() }
+
+// Ready is closed when the first SVID is there.
+func (a *Agent) Ready() <-chan struct{} { return a.ready }
+
+// ID is this workload's SPIFFE ID; zero until it has enrolled for the first time.
+func (a *Agent) ID() spiffeid.ID {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.state.ID
+}
+
+// Instance is the name that the control plane gave to this sidecar, kept over
+// restarts; empty until it has enrolled for the first time.
+func (a *Agent) Instance() string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.state.Instance
+}
+
+// Status reports the identity's health as of now.
+func (a *Agent) Status() Status {
+	a.mu.Lock()
+	s := a.status
+	a.mu.Unlock()
+	switch {
+	case s.NotAfter.IsZero():
+		s.State = Enrolling
+	case !a.cfg.Now().Before(s.NotAfter):
+		s.State = Expired
+	case s.Detail != "":
+		s.State = Degraded
+	default:
+		s.State = Valid
+	}
+	return s
+}
+
+// failed notes why there is no newer SVID. The same reason again is logged at
+// debug only.
+func (a *Agent) failed(err error) {
+	detail := err.Error() + "; retrying"
+	a.mu.Lock()
+	news := a.status.Detail != detail
+	if a.status.Detail == "" {
+		a.status.Since = a.cfg.Now()
+	}
+	a.status.Detail = detail
+	a.mu.Unlock()
+	level := hclog.Debug
+	if news {
+		level = hclog.Warn
+	}
+	a.log.Log(level, "no new SVID; retrying", "error", err)
+}
+
+// SetBundles replaces what is trusted, of every trust domain at once, and
+// remembers it for the next start. It refuses bundles without the own trust
+// domain's, which would lock this sidecar out. A state folder that cannot be
+// written is logged: the bundles are in force all the same.
+func (a *Agent) SetBundles(bundles map[spiffeid.TrustDomain][]*x509.Certificate) error {
+	td := a.ID().TrustDomain()
+	if td.IsZero() {
+		return identity.ErrNoIdentity
+	}
+	if len(bundles[td]) == 0 {
+		return fmt.Errorf("bundles without trust domain %s, which is this sidecar's own", td)
+	}
+	if err := a.setBundles(bundles); err != nil {
+		a.log.Warn("the new trust bundles are in force, but not saved for the next start", "error", err)
+	}
+	return nil
+}
+
+func (a *Agent) setBundles(bundles map[spiffeid.TrustDomain][]*x509.Certificate) error {
+	return a.update(func(s *state) {
+		if !sameBundles(s.bundles, bundles) {
+			s.bundles = maps.Clone(bundles)
+			a.live.SetBundles(bundles)
+		}
+	})
+}
+
+// update changes the state and saves it if it is another one then.
+func (a *Agent) update(change func(*state)) error {
+	a.save.Lock()
+	defer a.save.Unlock()
+	a.mu.Lock()
+	before := a.state
+	change(&a.state)
+	after := a.state
+	a.mu.Unlock()
+	if before.equal(after) && before.saved {
+		return nil
+	}
+	err := after.store(a.cfg.StateDir)
+	a.mu.Lock()
+	a.state.saved = err == nil
+	a.mu.Unlock()
+	return err
+}
+
+// Run enrols and renews until ctx ends, and returns nil then. It fails only
+// before the first SVID, with one line that says what to do: a join token that is
+// wrong, used or expired, another trust domain, a control plane that is not the
+// token's, clocks too far apart, an instance that the control plane no longer
+// knows, a state folder that cannot be written. Whatever may pass by itself is
+// retried and shown by [Agent.Status].
+func (a *Agent) Run(ctx context.Context) error {
+	failures := 0
+	for {
+		err := a.enroll(ctx)
+		if err == nil {
+			break
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		if isPermanent(err) {
+			return err
+		}
+		a.failed(err)
+		failures++
+		if !a.wait(ctx, a.backoff(failures)) {
+			return nil
+		}
+	}
+	a.keep(ctx)
+	return nil
+}

@@ -1,0 +1,253 @@
+package agent
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+const (
+	stateFile    = "enrolment.json"
+	stateVersion = 1
+	maxStateFile = 4 << 20
+)
+
+// state is what an agent remembers: one file, 0600, replaced by rename, so that
+// key, instance and bundles always belong together. SVID keys are not in it.
+type state struct {
+	enrolment
+	pending pendingKey
+	bundles map[spiffeid.TrustDomain][]*x509.Certificate // nil before the first enrolment
+
+	saved bool          // the file says this
+	life  time.Duration // of the present SVID; not saved
+}
+
+// enrolment is the instance that this agent is.
+type enrolment struct {
+	ID       spiffeid.ID
+	Instance string
+	Token    string            // id of the join token that was redeemed for it
+	key      *ecdsa.PrivateKey // re-enrols this instance
+}
+
+// pendingKey is a key that a join token is about to register.
+type pendingKey struct {
+	Token string
+	key   *ecdsa.PrivateKey
+}
+
+func (s state) enrolled() bool { return s.Instance != "" }
+
+func (s state) equal(o state) bool {
+	return s.enrolment == o.enrolment && s.pending == o.pending && sameBundles(s.bundles, o.bundles)
+}
+
+func sameBundles(a, b map[spiffeid.TrustDomain][]*x509.Certificate) bool {
+	if len(a) != len(b) || (a == nil) != (b == nil) {
+		return false
+	}
+	for td, certs := range a {
+		other, ok := b[td]
+		if !ok || len(certs) != len(other) {
+			return false
+		}
+		for i := range certs {
+			if !certs[i].Equal(other[i]) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// stateJSON is the file. Keys are PKCS#8, certificates DER.
+type stateJSON struct {
+	Version  int                 `json:"version"`
+	ID       string              `json:"spiffe_id,omitempty"`
+	Instance string              `json:"instance,omitempty"`
+	Token    string              `json:"token,omitempty"`
+	Key      []byte              `json:"enrolment_key,omitempty"`
+	Bundles  map[string][][]byte `json:"bundles,omitempty"` // :: trust domain → roots
+	Pending  *pendingJSON        `json:"pending,omitempty"`
+}
+
+type pendingJSON struct {
+	Token string `json:"token"`
+	Key   []byte `json:"enrolment_key"`
+}
+
+// Enrolled reports whether a state folder holds a completed enrolment, with which
+// an agent starts without a join token. It does not say whether the control plane
+// still accepts it.
+func Enrolled(dir string) (bool, error) {
+	s, err := loadState(dir)
+	return s.enrolled(), err
+}
+
+// loadState reads the state folder; one that is empty or missing is no error.
+func loadState(dir string) (state, error) {
+	path := filepath.Join(dir, stateFile)
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return state{}, nil
+	}
+	if err != nil {
+		return state{}, fmt.Errorf("reading the enrolment: %w", err)
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return state{}, fmt.Errorf("reading the enrolment: %w", err)
+	}
+	if st.Mode().Perm()&0o077 != 0 {
+		return state{}, fmt.Errorf("enrolment file %s has mode %04o and can be read by other users: run chmod 600 %[1]s", path, st.Mode().Perm())
+	}
+	if st.Size() > maxStateFile {
+		return state{}, corrupt(path, fmt.Errorf("%d bytes", st.Size()))
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return state{}, fmt.Errorf("reading the enrolment: %w", err)
+	}
+	s, err := decodeState(data)
+	if err != nil {
+		return state{}, corrupt(path, err)
+	}
+	return s, nil
+}
+
+func corrupt(path string, err error) error {
+	return fmt.Errorf("enrolment file %s is corrupt (%w): delete it and start with a new join token", path, err)
+}
+
+func decodeState(data []byte) (state, error) {
+	var j stateJSON
+	dec := json.NewDecoder(bytes.NewReader(data))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&j); err != nil {
+		return state{}, err
+	}
+	if j.Version != stateVersion {
+		return state{}, fmt.Errorf("version %d, want %d", j.Version, stateVersion)
+	}
+	s := state{saved: true}
+	var err error
+	if j.Pending != nil {
+		s.pending.Token = j.Pending.Token
+		if s.pending.key, err = decodeKey(j.Pending.Key); err != nil {
+			return state{}, err
+		}
+	}
+	if j.Instance == "" {
+		return s, nil
+	}
+	s.Instance, s.Token = j.Instance, j.Token
+	if s.ID, err = spiffeid.FromString(j.ID); err != nil {
+		return state{}, err
+	}
+	if s.key, err = decodeKey(j.Key); err != nil {
+		return state{}, err
+	}
+	s.bundles = make(map[spiffeid.TrustDomain][]*x509.Certificate, len(j.Bundles))
+	for name, ders := range j.Bundles {
+		td, err := spiffeid.TrustDomainFromString(name)
+		if err != nil {
+			return state{}, err
+		}
+		if s.bundles[td], err = parseCerts(ders); err != nil {
+			return state{}, fmt.Errorf("bundle of %s: %w", td, err)
+		}
+	}
+	if len(s.bundles[s.ID.TrustDomain()]) == 0 {
+		return state{}, fmt.Errorf("no bundle of %s", s.ID.TrustDomain())
+	}
+	return s, nil
+}
+
+func decodeKey(der []byte) (*ecdsa.PrivateKey, error) {
+	key, err := x509.ParsePKCS8PrivateKey(der)
+	if err != nil {
+		return nil, fmt.Errorf("parsing the enrolment key: %w", err)
+	}
+	k, ok := key.(*ecdsa.PrivateKey)
+	if !ok {
+		return nil, fmt.Errorf("enrolment key is a %T", key)
+	}
+	return k, nil
+}
+
+func (s state) encode() ([]byte, error) {
+	j := stateJSON{Version: stateVersion}
+	var err error
+	if s.pending.key != nil {
+		j.Pending = &pendingJSON{Token: s.pending.Token}
+		if j.Pending.Key, err = x509.MarshalPKCS8PrivateKey(s.pending.key); err != nil {
+			return nil, err
+		}
+	}
+	if s.enrolled() {
+		j.ID, j.Instance, j.Token = s.ID.String(), s.Instance, s.Token
+		if j.Key, err = x509.MarshalPKCS8PrivateKey(s.key); err != nil {
+			return nil, err
+		}
+		j.Bundles = make(map[string][][]byte, len(s.bundles))
+		for td, certs := range s.bundles {
+			for _, c := range certs {
+				j.Bundles[td.Name()] = append(j.Bundles[td.Name()], c.Raw)
+			}
+		}
+	}
+	return json.MarshalIndent(j, "", "  ")
+}
+
+// store replaces the file durably: when it returns, a crash does not undo it.
+func (s state) store(dir string) error {
+	data, err := s.encode()
+	if err != nil {
+		return fmt.Errorf("encoding the enrolment: %w", err)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("making the state folder: %w", err)
+	}
+	tmp := filepath.Join(dir, stateFile+".new") // one writer: Agent.save
+	if err := writeSynced(tmp, data); err != nil {
+		return fmt.Errorf("saving the enrolment: %w", err)
+	}
+	if err := os.Rename(tmp, filepath.Join(dir, stateFile)); err != nil {
+		return fmt.Errorf("saving the enrolment: %w", err)
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return fmt.Errorf("saving the enrolment: %w", err)
+	}
+	if err := errors.Join(d.Sync(), d.Close()); err != nil {
+		return fmt.Errorf("saving the enrolment: %w", err)
+	}
+	return nil
+}
+
+// writeSynced makes the file anew, so that its mode is 0600 whatever was there.
+func writeSynced(path string, data []byte) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
+}

@@ -1,0 +1,73 @@
+package ca
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/hex"
+	"fmt"
+	"time"
+)
+
+// made is when a certificate of ours was signed, to the second.
+func made(cert *x509.Certificate) time.Time { return cert.NotBefore.Add(backdate) }
+
+// life is how long a certificate of ours lives from when it was signed.
+func life(cert *x509.Certificate) time.Duration { return cert.NotAfter.Sub(made(cert)) }
+
+// rootName names a root in key folder and store: by its key, so that no two
+// roots can have the same name.
+func rootName(cert *x509.Certificate) string {
+	sum := sha256.Sum256(cert.RawSubjectPublicKeyInfo)
+	return "root-" + hex.EncodeToString(sum[:8])
+}
+
+// newRoot makes a self-signed root with a new key. It writes nothing.
+func (c *CA) newRoot(now time.Time) (*authority, *ecdsa.PrivateKey, error) {
+	return c.newAuthority(nil, now, "root", c.cfg.RootTTL)
+}
+
+// newIntermediate makes an intermediate with a new key. It writes nothing.
+func (c *CA) newIntermediate(parent *authority, now time.Time) (*authority, *ecdsa.PrivateKey, error) {
+	return c.newAuthority(parent, now, "intermediate "+c.cfg.Replica, c.cfg.IntermediateTTL)
+}
+
+// newAuthority gives each authority a subject of its own: with two issuers of
+// one subject a verifier would have to try each signature.
+func (c *CA) newAuthority(parent *authority, now time.Time, kind string, ttl time.Duration) (*authority, *ecdsa.PrivateKey, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, nil, fmt.Errorf("making the key of a new %s: %w", kind, err)
+	}
+	tmpl, err := template(c.td.ID(), now, ttl)
+	if err != nil {
+		return nil, nil, err
+	}
+	tmpl.Subject = pkix.Name{
+		Organization: []string{"Sallyport"},
+		CommonName:   fmt.Sprintf("Sallyport %s %x", kind, tmpl.SerialNumber.Bytes()[:8]),
+	}
+	tmpl.IsCA = true
+	tmpl.KeyUsage = x509.KeyUsageCertSign | x509.KeyUsageCRLSign
+	by := parent
+	if by == nil {
+		by = &authority{signer: key}
+	} else {
+		tmpl.MaxPathLenZero = true
+	}
+	cert, err := sign(tmpl, by, key.Public())
+	if err != nil {
+		return nil, nil, fmt.Errorf("making a new %s: %w", kind, err)
+	}
+	issuer := by.cert
+	if issuer == nil {
+		issuer = cert
+	}
+	if err := lintCA(cert, issuer, c.td, now, ttl); err != nil {
+		return nil, nil, fmt.Errorf("making a new %s: certificate withheld: %w", kind, err)
+	}
+	return &authority{cert, key}, key, nil
+}
