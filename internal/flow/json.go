@@ -1,0 +1,190 @@
+package flow
+
+import (
+	"encoding/json"
+	"fmt"
+	"math"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/sallyport-mesh/sallyport/pkg/policy"
+)
+
+// wire is the JSON form, one field per key of docs/flows.md.
+type wire struct {
+	Time       time.Time   `json:"time"`
+	ID         string      `json:"id"`
+	Side       Side        `json:"side"`
+	Src        string      `json:"src"`
+	Dst        string      `json:"dst"`
+	Port       uint16      `json:"port"`
+	PortName   string      `json:"port_name,omitempty"`
+	Verdict    string      `json:"verdict"`
+	Would      string      `json:"would"`
+	Rule       string      `json:"rule,omitempty"`
+	Location   string      `json:"location,omitempty"`
+	Reason     string      `json:"reason,omitempty"`
+	Outcome    Outcome     `json:"outcome"`
+	Error      string      `json:"error,omitempty"`
+	Revision   string      `json:"revision,omitempty"`
+	Reporter   string      `json:"reporter,omitempty"`
+	Instance   string      `json:"instance,omitempty"`
+	Sent       int64       `json:"sent"`
+	Received   int64       `json:"received"`
+	DurationMS json.Number `json:"duration_ms"`
+}
+
+// MarshalJSON gives the form that docs/flows.md describes.
+func (f Flow) MarshalJSON() ([]byte, error) {
+	return json.Marshal(wire{
+		Time: f.Start.UTC(), ID: f.ID, Side: f.Side,
+		Src: f.Src.String(), Dst: f.Dst.String(), Port: f.Port, PortName: f.PortName,
+		Verdict: f.Effect.String(), Would: f.Would.String(),
+		Rule: ruleName(f.Rule), Location: f.Rule.Location(), Reason: f.Reason,
+		Outcome: f.Outcome, Error: f.Error, Revision: f.Revision,
+		Reporter: f.Reporter, Instance: f.Instance,
+		Sent: f.Sent, Received: f.Received, DurationMS: json.Number(formatMillis(f.Duration)),
+	})
+}
+
+// UnmarshalJSON reads what MarshalJSON wrote. Unknown keys are ignored, so that
+// a newer sidecar's records stay readable; an unknown verdict is an error and a
+// missing one denies.
+func (f *Flow) UnmarshalJSON(data []byte) error {
+	var w wire
+	if err := json.Unmarshal(data, &w); err != nil {
+		return fmt.Errorf("reading flow record: %w", err)
+	}
+	g, err := w.flow()
+	if err != nil {
+		return fmt.Errorf("reading flow record: %w", err)
+	}
+	*f = g
+	return nil
+}
+
+func (w wire) flow() (Flow, error) {
+	f := Flow{
+		ID: w.ID, Start: w.Time.UTC(), Side: w.Side, Outcome: w.Outcome, Error: w.Error,
+		PortName: w.PortName, Reporter: w.Reporter, Instance: w.Instance,
+		Revision: w.Revision, Sent: w.Sent, Received: w.Received,
+	}
+	f.Port, f.Reason = w.Port, w.Reason
+	var err error
+	if f.Src, err = parseID(w.Src); err != nil {
+		return Flow{}, err
+	}
+	if f.Dst, err = parseID(w.Dst); err != nil {
+		return Flow{}, err
+	}
+	if f.Effect, err = parseEffect(w.Verdict); err != nil {
+		return Flow{}, err
+	}
+	if f.Would, err = parseEffect(w.Would); err != nil {
+		return Flow{}, err
+	}
+	if f.Rule, err = parseRule(w.Rule, w.Location); err != nil {
+		return Flow{}, err
+	}
+	if f.Duration, err = parseMillis(string(w.DurationMS)); err != nil {
+		return Flow{}, err
+	}
+	if w.Sent < 0 || w.Received < 0 {
+		return Flow{}, fmt.Errorf("negative byte count")
+	}
+	if y := f.Start.Year(); y < 0 || y > 9999 {
+		return Flow{}, fmt.Errorf("time %s: year out of range", w.Time)
+	}
+	return f, nil
+}
+
+// parseID reads a SPIFFE ID; "" is the zero ID, a peer without a name.
+func parseID(s string) (spiffeid.ID, error) {
+	if s == "" {
+		return spiffeid.ID{}, nil
+	}
+	id, err := spiffeid.FromString(s)
+	if err != nil {
+		return spiffeid.ID{}, fmt.Errorf("SPIFFE ID %q: %w", s, err)
+	}
+	return id, nil
+}
+
+func parseEffect(s string) (policy.Effect, error) {
+	switch s {
+	case "allow":
+		return policy.Allow, nil
+	case "deny", "":
+		return policy.Deny, nil
+	}
+	return policy.Deny, fmt.Errorf("verdict %q: want allow or deny", s)
+}
+
+// ruleName gives SET/POLICY, or POLICY in the root set, or "" for no rule.
+func ruleName(r policy.RuleRef) string {
+	if r.Set == "" {
+		return r.Policy
+	}
+	return r.Set + "/" + r.Policy
+}
+
+// parseRule reads what ruleName and RuleRef.Location wrote.
+func parseRule(name, location string) (policy.RuleRef, error) {
+	var r policy.RuleRef
+	r.Policy = name
+	if i := strings.LastIndexByte(name, '/'); i >= 0 {
+		r.Set, r.Policy = name[:i], name[i+1:]
+	}
+	if location == "" {
+		return r, nil
+	}
+	i := strings.LastIndexByte(location, ':')
+	if i < 0 {
+		return r, fmt.Errorf("location %q: want FILE:LINE", location)
+	}
+	line, err := strconv.ParseUint(location[i+1:], 10, 31)
+	if err != nil {
+		return r, fmt.Errorf("location %q: want FILE:LINE", location)
+	}
+	r.File, r.Line = location[:i], int(line)
+	return r, nil
+}
+
+// formatMillis gives d in milliseconds, exact to the nanosecond; a negative d
+// is a clock that was set back and gives 0.
+func formatMillis(d time.Duration) string {
+	if d <= 0 {
+		return "0"
+	}
+	whole, rest := d/time.Millisecond, d%time.Millisecond
+	if rest == 0 {
+		return strconv.FormatInt(int64(whole), 10)
+	}
+	return strings.TrimRight(fmt.Sprintf("%d.%06d", whole, rest), "0")
+}
+
+// parseMillis reads what formatMillis wrote; "" is 0. Parts of a nanosecond are
+// cut off, an exponent is refused.
+func parseMillis(s string) (time.Duration, error) {
+	if s == "" {
+		return 0, nil
+	}
+	whole, rest, _ := strings.Cut(s, ".")
+	w, err := strconv.ParseUint(whole, 10, 63)
+	if err != nil || w > math.MaxInt64/uint64(time.Millisecond)-1 {
+		return 0, fmt.Errorf("duration_ms %q: out of range", s)
+	}
+	r, err := strconv.ParseUint((rest + "000000")[:6], 10, 32)
+	if err != nil {
+		return 0, fmt.Errorf("duration_ms %q: not a plain decimal number", s)
+	}
+	for _, c := range rest {
+		if c < '0' || c > '9' {
+			return 0, fmt.Errorf("duration_ms %q: not a plain decimal number", s)
+		}
+	}
+	return time.Duration(w)*time.Millisecond + time.Duration(r), nil
+}
