@@ -161,6 +161,7 @@ func TestMetrics(t *testing.T) {
 	m := NewMetrics(reg, "1.2.3", Sources{
 		Live:              func() map[flow.Side]int { return map[flow.Side]int{flow.Inbound: 3} },
 		SVIDExpiry:        func() (time.Time, bool) { return now.Add(90 * time.Second), true },
+		SVIDRenewals:      func() uint64 { return 4 },
 		Revisions:         func() map[string]string { return map[string]string{"rules": "1.42"} },
 		Dropped:           func() map[string]uint64 { return map[string]uint64{"stream": 5} },
 		RefusedLocal:      func() uint64 { return 6 },
@@ -180,6 +181,7 @@ func TestMetrics(t *testing.T) {
 		`sallyport_connection_duration_seconds_count{side="inbound"} 1`,
 		`sallyport_live_connections{side="inbound"} 3`,
 		`sallyport_svid_remaining_seconds 90`,
+		`sallyport_svid_renewals_total 4`,
 		`sallyport_view_info{kind="rules",revision="1.42"} 1`,
 		`sallyport_flow_records_dropped_total{sink="stream"} 5`,
 		`sallyport_local_callers_refused_total 6`,

@@ -15,6 +15,7 @@ import (
 type Sources struct {
 	Live              func() map[flow.Side]int    // connections being relayed
 	SVIDExpiry        func() (time.Time, bool)    // false: no SVID yet
+	SVIDRenewals      func() uint64               // SVIDs obtained after the first
 	Revisions         func() map[string]string    // kind of resource → revision in force
 	Dropped           func() map[string]uint64    // sink → flow records lost
 	RefusedLocal      func() uint64               // local callers with the wrong uid
@@ -66,8 +67,8 @@ func (m *Metrics) Record(f flow.Flow) {
 
 // source turns Sources into metrics at each scrape.
 type source struct {
-	s                                                        Sources
-	live, svid, view, dropped, local, handshakes, components *prometheus.Desc
+	s                                                                  Sources
+	live, svid, renewals, view, dropped, local, handshakes, components *prometheus.Desc
 }
 
 func newSource(s Sources) *source {
@@ -78,6 +79,7 @@ func newSource(s Sources) *source {
 		s:          s,
 		live:       desc("live_connections", "Connections being relayed now.", "side"),
 		svid:       desc("svid_remaining_seconds", "Seconds until the SVID expires; negative when it has."),
+		renewals:   desc("svid_renewals_total", "SVIDs obtained after the first."),
 		view:       desc("view_info", "Always 1; the revision in force, for each kind of resource.", "kind", "revision"),
 		dropped:    desc("flow_records_dropped_total", "Flow records lost because a sink was full.", "sink"),
 		local:      desc("local_callers_refused_total", "Local callers refused because of their uid."),
@@ -88,7 +90,7 @@ func newSource(s Sources) *source {
 
 // Describe implements [prometheus.Collector].
 func (c *source) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{c.live, c.svid, c.view, c.dropped, c.local, c.handshakes, c.components} {
+	for _, d := range []*prometheus.Desc{c.live, c.svid, c.renewals, c.view, c.dropped, c.local, c.handshakes, c.components} {
 		ch <- d
 	}
 }
@@ -110,6 +112,9 @@ func (c *source) Collect(ch chan<- prometheus.Metric) {
 		if t, ok := c.s.SVIDExpiry(); ok {
 			gauge(c.svid, t.Sub(c.s.Now()).Seconds())
 		}
+	}
+	if c.s.SVIDRenewals != nil {
+		count(c.renewals, c.s.SVIDRenewals())
 	}
 	if c.s.Revisions != nil {
 		for kind, rev := range c.s.Revisions() {

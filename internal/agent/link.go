@@ -170,7 +170,7 @@ func (l *link) open() (*grpc.ClientConn, error) {
 			Backoff:           backoff.Config{BaseDelay: firstBackoff, Multiplier: 2, Jitter: 0.3, MaxDelay: maxReconnect},
 			MinConnectTimeout: connectTimeout,
 		}),
-		grpc.WithReadBufferSize(bufferSize), grpc.WithWriteBufferSize(bufferSize), grpc.WithSharedWriteBuffer(true),
+		grpc.WithReadBufferSize(bufferSize), grpc.WithWriteBufferSize(bufferSize),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithNoProxy(),
 	)

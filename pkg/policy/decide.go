@@ -1,9 +1,6 @@
 package policy
 
-import (
-	"cmp"
-	"slices"
-)
+import "slices"
 
 // Decide answers q. A deny that matches wins over every allow; of several rules
 // with the same effect the first in the order of [Ruleset.Rules] is reported;
@@ -146,8 +143,19 @@ func (c *cell) add(rule *Rule, i int32) {
 	}
 }
 
+// search gives the place of port in c.ports. It is written out because it is on
+// the path of every decision.
 func (c *cell) search(port uint16) (int, bool) {
-	return slices.BinarySearchFunc(c.ports, port, func(p portVerdict, port uint16) int { return cmp.Compare(p.port, port) })
+	lo, hi := 0, len(c.ports)
+	for lo < hi {
+		mid := (lo + hi) / 2
+		if c.ports[mid].port < port {
+			lo = mid + 1
+		} else {
+			hi = mid
+		}
+	}
+	return lo, lo < len(c.ports) && c.ports[lo].port == port
 }
 
 // at gives the verdict for a port.

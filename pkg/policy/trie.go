@@ -69,8 +69,10 @@ func (n *node[T]) visit(path string, fn func(*T)) {
 		fn(n.rest)
 	}
 	seg, rest := cut(path)
-	if next := n.next[seg]; next != nil {
-		next.visit(rest, fn)
+	if len(n.next) > 0 {
+		if next := n.next[seg]; next != nil {
+			next.visit(rest, fn)
+		}
 	}
 	if n.star != nil {
 		n.star.visit(rest, fn)
