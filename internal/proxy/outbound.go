@@ -1,0 +1,244 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/sallyport-mesh/sallyport/internal/capture"
+	"github.com/sallyport-mesh/sallyport/internal/flow"
+	"github.com/sallyport-mesh/sallyport/internal/relay"
+	"github.com/sallyport-mesh/sallyport/internal/tunnel"
+	"github.com/sallyport-mesh/sallyport/internal/xds"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
+	"github.com/sallyport-mesh/sallyport/pkg/policy"
+)
+
+// Door is a local listener with one destination.
+type Door struct {
+	Key    string // configuration key, named in errors: "outbound[0].listen"
+	Listen string // loopback IP:PORT or unix:/path
+	To     string // REF:PORT, see SplitTarget
+}
+
+// SplitTarget takes REF:PORT apart: REF as [identity.ParseRef] reads it, PORT a
+// declared port's name or number.
+func SplitTarget(to string) (ref, port string, err error) {
+	i := strings.LastIndexByte(to, ':')
+	if i <= 0 || i == len(to)-1 || strings.Contains(to[i:], "/") {
+		return "", "", fmt.Errorf("destination %q: want WORKLOAD:PORT, as in payments:http", to)
+	}
+	return to[:i], to[i+1:], nil
+}
+
+// OutboundConfig holds what an [Outbound] needs. Source, Views and Sink are
+// required.
+type OutboundConfig struct {
+	Doors     []Door
+	AllowUIDs []uint32 // who may use the doors
+	Source    identity.Source
+	Views     *Views
+	Sink      flow.Sink
+	Idle      time.Duration // connections on which nothing moves are closed after this; 0: never
+	Now       func() time.Time
+	Log       hclog.Logger
+}
+
+// Outbound takes the app's connections to other workloads: it picks an endpoint,
+// proves who we are, makes sure of who they are, and relays. Whether the
+// connection may be is decided at the other end.
+type Outbound struct {
+	cfg      OutboundConfig
+	doors    []*capture.Listener // in the order of cfg.Doors
+	conns    conns
+	balancer balancer
+}
+
+// ListenOutbound opens the doors; nothing is accepted before Serve. An error is
+// one line that names the configuration key and what to do.
+func ListenOutbound(cfg OutboundConfig) (*Outbound, error) {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	o := &Outbound{cfg: cfg}
+	for _, d := range cfg.Doors {
+		ln, err := capture.Listen(capture.Config{
+			Key: d.Key, Listen: d.Listen, AllowUIDs: cfg.AllowUIDs, Log: cfg.Log,
+		})
+		if err != nil {
+			_ = o.Close()
+			return nil, err
+		}
+		o.doors = append(o.doors, ln)
+	}
+	return o, nil
+}
+
+// Addrs returns the doors' addresses, in the order of the configuration.
+func (o *Outbound) Addrs() []net.Addr {
+	var out []net.Addr
+	for _, d := range o.doors {
+		out = append(out, d.Addr())
+	}
+	return out
+}
+
+// Live returns how many connections are being opened or relayed.
+func (o *Outbound) Live() int { return o.conns.len() }
+
+// Connections lists live connections, oldest first.
+func (o *Outbound) Connections() []Connection { return o.conns.describe() }
+
+// RefusedLocal counts callers that were turned away because of their uid.
+func (o *Outbound) RefusedLocal() uint64 {
+	var n uint64
+	for _, d := range o.doors {
+		n += d.Refused()
+	}
+	return n
+}
+
+// Serve accepts connections until Drain or the end of ctx and returns when all
+// have ended. The end of ctx ends live connections at once. Call it once.
+func (o *Outbound) Serve(ctx context.Context) error {
+	var g errgroup.Group
+	for i, d := range o.doors {
+		front := capture.Explicit(o.cfg.Doors[i].To)
+		g.Go(func() error {
+			return d.Serve(ctx, func(ctx context.Context, c net.Conn) { o.serve(ctx, c, front) })
+		})
+	}
+	return g.Wait()
+}
+
+// Close closes the doors. Connections go on.
+func (o *Outbound) Close() error {
+	var errs []error
+	for _, d := range o.doors {
+		errs = append(errs, d.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Drain accepts nothing more, waits for live connections until ctx ends, ends
+// what is left and returns how many that were.
+func (o *Outbound) Drain(ctx context.Context) int {
+	if err := o.Close(); err != nil {
+		o.cfg.Log.Warn("closing local listeners", "error", err)
+	}
+	o.conns.wait(ctx)
+	return o.conns.endAll(errDrained)
+}
+
+// destination is where a connection goes.
+type destination struct {
+	policy.Request
+	port    policy.Port // zero Name: the destination is not known (yet)
+	service xds.Service
+}
+
+// resolve finds target in the newest view. On error the request says as much as
+// is known.
+func (o *Outbound) resolve(target string) (destination, error) {
+	var d destination
+	self, err := o.cfg.Source.GetX509SVID()
+	if err != nil {
+		return d, err
+	}
+	d.Src = self.ID
+	ref, port, err := SplitTarget(target)
+	if err != nil {
+		return d, err
+	}
+	if d.Dst, err = identity.ParseRef(self.ID.TrustDomain(), ref); err != nil {
+		return d, err
+	}
+	var ok bool
+	if d.service, ok = o.cfg.Views.Load().Service(d.Dst); !ok {
+		return d, fmt.Errorf("workload %s is not known here", d.Dst)
+	}
+	number, numErr := strconv.ParseUint(port, 10, 16)
+	for _, p := range d.service.Ports {
+		if p.Name == port || numErr == nil && p.Number == uint16(number) {
+			d.Port, d.port = p.Number, p
+			return d, nil
+		}
+	}
+	return d, fmt.Errorf("workload %s declares no port %s", d.Dst, port)
+}
+
+// serve owns one connection of the app.
+func (o *Outbound) serve(ctx context.Context, local net.Conn, front capture.Front) {
+	start := o.cfg.Now()
+	ask, err := front(ctx, local)
+	if err != nil {
+		_ = local.Close()
+		return
+	}
+	d, err := o.resolve(ask.Target)
+	ctx, c := o.conns.add(ctx, flow.Outbound, d.Request, start)
+	defer o.conns.remove(c)
+	f := flow.Flow{Request: d.Request, ID: c.id, Start: start, Side: flow.Outbound, PortName: d.port.Name}
+	defer func() {
+		f.Duration = o.cfg.Now().Sub(start)
+		o.cfg.Sink.Record(f)
+	}()
+	var up *upstream
+	if err == nil {
+		up, err = o.open(ctx, d)
+	}
+	if err != nil {
+		o.reject(ctx, ask, d.port, &f, err)
+		return
+	}
+	defer func() { o.close(up) }()
+	f.Effect, f.Would = policy.Allow, policy.Allow
+	if id := up.stream.DecisionID(); flow.ValidID(id) {
+		f.ID = id
+		o.conns.rename(c, id)
+	}
+	if err := ask.Answer(nil); err != nil {
+		_, _ = up.stream.Close(), ask.Conn.Close() // both are given up
+		f.Outcome, f.Error = flow.Failed, flow.Text(err.Error())
+		return
+	}
+	f.Sent, f.Received, err = relay.Pipe(ctx, ask.Conn, up.stream, o.cfg.Idle)
+	finish(&f, err, context.Cause(ctx))
+}
+
+// reject tells the app that its connection cannot be, as far as the port's
+// protocol has words for it, and closes it.
+func (o *Outbound) reject(ctx context.Context, ask capture.Ask, port policy.Port, f *flow.Flow, err error) {
+	r := rejection{Status: http.StatusServiceUnavailable, Error: "destination unreachable", Reason: flow.Text(err.Error())}
+	f.Outcome, f.Error = flow.Failed, r.Reason
+	var no *tunnel.Refused
+	if errors.As(err, &no) && no.Status < 500 {
+		f.Outcome, f.Reason, f.Error = flow.Refused, flow.Text(no.Reason), ""
+		r.Reason = f.Reason
+		if no.Status == http.StatusForbidden {
+			r.Status, r.Error = http.StatusForbidden, "refused by policy"
+		} else {
+			r.Error = fmt.Sprintf("destination answered %d: port %d is not declared there", no.Status, f.Port)
+			f.Error = r.Error
+		}
+		if flow.ValidID(no.DecisionID) {
+			f.ID = no.DecisionID
+		}
+	} else if cause := context.Cause(ctx); cause != nil {
+		f.Outcome = flow.Drained
+	}
+	r.DecisionID = f.ID
+	if port.Protocol == policy.HTTP && r.write(ctx, ask.Conn) == nil {
+		return
+	}
+	_ = ask.Answer(err) // what it cannot word shows as a reset
+	_ = ask.Conn.Close()
+}

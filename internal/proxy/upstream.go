@@ -1,0 +1,99 @@
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/sallyport-mesh/sallyport/internal/tunnel"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
+)
+
+// Limits of opening a connection to another workload.
+const (
+	openLimit    = 10 * time.Second // over all tries
+	attemptLimit = 4 * time.Second  // TCP, TLS and the other end's answer
+	maxTries     = 3                // different endpoints
+)
+
+// upstream is an open stream to an endpoint.
+type upstream struct {
+	session *tunnel.Session
+	stream  *tunnel.Stream
+	addr    netip.AddrPort
+}
+
+// open connects to an endpoint of d. One that cannot be reached, or says 503, is
+// followed by another; a refusal is final, as every endpoint has the same policy.
+func (o *Outbound) open(ctx context.Context, d destination) (*upstream, error) {
+	ctx, cancel := context.WithTimeout(ctx, openLimit)
+	defer cancel()
+	var tried []netip.AddrPort
+	var last error
+	for len(tried) < maxTries && ctx.Err() == nil {
+		e, ok := o.balancer.pick(d.service.Endpoints, d.Port, tried, o.cfg.Now())
+		if !ok {
+			break
+		}
+		tried = append(tried, e.Addr)
+		up, err := o.attempt(ctx, d, e.Addr)
+		if err == nil {
+			o.balancer.worked(e.Addr)
+			return up, nil
+		}
+		var no *tunnel.Refused
+		final := errors.As(err, &no) && no.Status < 500
+		o.balancer.release(e.Addr, !final, o.cfg.Now())
+		if final {
+			return nil, err
+		}
+		last = fmt.Errorf("endpoint %s: %w", e.Addr, err)
+	}
+	switch {
+	case last == nil:
+		return nil, fmt.Errorf("no running instance of %s serves port %s", d.Dst, d.port.Name)
+	case len(tried) > 1:
+		return nil, fmt.Errorf("%d endpoints tried, last: %w", len(tried), last)
+	}
+	return nil, last
+}
+
+// attempt tries one endpoint.
+func (o *Outbound) attempt(ctx context.Context, d destination, addr netip.AddrPort) (*upstream, error) {
+	ctx, cancel := context.WithTimeout(ctx, attemptLimit)
+	defer cancel()
+	raw, err := dialer(attemptLimit).DialContext(ctx, "tcp", addr.String())
+	if err != nil {
+		return nil, err
+	}
+	conn := tls.Client(raw, identity.ClientTLS(
+		identity.TLSConfig{Source: o.cfg.Source, Now: o.cfg.Now, NextProtos: []string{alpn}},
+		identity.ExactPattern(d.Dst)))
+	if err := conn.HandshakeContext(ctx); err != nil {
+		_ = raw.Close()
+		return nil, fmt.Errorf("authenticating: %w", err)
+	}
+	session, err := tunnel.Client(ctx, conn, tunnel.Config{})
+	if err != nil {
+		return nil, err
+	}
+	host, ok := identity.MeshName(d.Dst)
+	if !ok {
+		host = addr.Addr().String()
+	}
+	stream, err := session.Open(ctx, tunnel.Target{Host: host, Port: d.Port})
+	if err != nil {
+		_ = session.Close() // always nil; it waits for the connection's end
+		return nil, err
+	}
+	return &upstream{session, stream, addr}, nil
+}
+
+// close waits for the end of the connection below up's stream.
+func (o *Outbound) close(up *upstream) {
+	_ = up.session.Close() // always nil
+	o.balancer.release(up.addr, false, o.cfg.Now())
+}

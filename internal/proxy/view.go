@@ -1,0 +1,209 @@
+// Package proxy is the sidecar's data path: Inbound lets proven peers reach the
+// app where policy allows it, Outbound takes the app's connections to other
+// workloads. Both work from one immutable view that is replaced whole, and go on
+// with the last one while the control plane is away.
+//
+// It does not obtain identities or views, and it does not parse configuration.
+package proxy
+
+import (
+	"fmt"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/sallyport-mesh/sallyport/internal/xds"
+	"github.com/sallyport-mesh/sallyport/pkg/policy"
+)
+
+// View is what the proxy knows of the mesh at one moment. It is immutable. The
+// zero View refuses everything and knows nobody.
+type View struct {
+	rules    *policy.Ruleset             // nil before the first
+	ports    map[uint16]policy.Port      // declared ports of the own workload
+	services map[spiffeid.ID]xds.Service // destinations
+	revs     map[xds.Kind]xds.Revision   // what has arrived
+}
+
+// verdict is a decision and what follows from it.
+type verdict struct {
+	policy.Decision
+	status   int    // what a refused peer is told; 0 when allowed
+	why      string // for the record, where no rule was asked
+	portName string
+	revision string
+}
+
+func (v verdict) allowed() bool { return v.status == 0 }
+
+// toldReason is what a refused peer may know: only the reason of a deny rule.
+func (v verdict) toldReason() string {
+	if v.Effect == policy.Deny && !v.Rule.IsZero() {
+		return v.Reason
+	}
+	return ""
+}
+
+// decide answers q. Everything is refused before the first rules, and on every
+// port that is not declared.
+func (v *View) decide(q policy.Request) verdict {
+	if v.rules == nil {
+		return verdict{status: http.StatusForbidden, why: "no policy received yet"}
+	}
+	out := verdict{revision: v.revs[xds.Rules].String()}
+	port, declared := v.ports[q.Port]
+	if !declared {
+		out.status, out.why = http.StatusNotFound, "port is not declared"
+		return out
+	}
+	out.portName = port.Name
+	out.Decision = v.rules.Decide(q)
+	if out.Effect != policy.Allow {
+		out.status = http.StatusForbidden
+	}
+	return out
+}
+
+// HasRules reports whether rules, and with them the own declared ports, have
+// arrived.
+func (v *View) HasRules() bool { return v.rules != nil }
+
+// Revisions returns the revision of every kind that has arrived.
+func (v *View) Revisions() map[xds.Kind]xds.Revision { return maps.Clone(v.revs) }
+
+// Service returns a destination; false when the view does not hold it.
+func (v *View) Service(id spiffeid.ID) (xds.Service, bool) {
+	s, ok := v.services[id]
+	return s, ok
+}
+
+// Views holds the newest View. The zero Views is ready and holds the zero View.
+type Views struct {
+	current atomic.Pointer[View]
+
+	mu       sync.Mutex // orders Apply
+	watchers []func(*View)
+}
+
+// Load returns the newest view.
+func (s *Views) Load() *View {
+	if v := s.current.Load(); v != nil {
+		return v
+	}
+	return &View{}
+}
+
+// Watch has fn called with each new view, by the caller of Apply, after the view
+// is in force and before Apply returns.
+func (s *Views) Watch(fn func(*View)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.watchers = append(s.watchers, fn)
+}
+
+// Apply puts one kind of resource in force. When it returns, every connection
+// that new rules deny has been cut.
+func (s *Views) Apply(u xds.Update) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	next := *s.Load()
+	next.revs = maps.Clone(next.revs)
+	if next.revs == nil {
+		next.revs = make(map[xds.Kind]xds.Revision)
+	}
+	next.revs[u.Kind] = u.Rev
+	switch u.Kind {
+	case xds.Rules:
+		next.rules = u.Rules
+		next.ports = make(map[uint16]policy.Port, len(u.Ports))
+		for _, p := range u.Ports {
+			next.ports[p.Number] = p
+		}
+	case xds.Endpoints:
+		next.services = u.Services
+	}
+	s.current.Store(&next)
+	for _, fn := range s.watchers {
+		fn(&next)
+	}
+}
+
+// Ready returns nil once every kind of resource has arrived, else an error that
+// names what is missing.
+func (s *Views) Ready() error {
+	have := s.Load().revs
+	var missing []string
+	for _, k := range []xds.Kind{xds.Bundles, xds.Endpoints, xds.Rules} {
+		if _, ok := have[k]; !ok {
+			missing = append(missing, string(k))
+		}
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("waiting for the first %s from the control plane", strings.Join(missing, ", "))
+	}
+	return nil
+}
+
+// Describe gives the view in a form for people, to be shown as JSON.
+func (v *View) Describe() any {
+	type rule struct {
+		Rule     string   `json:"rule"`
+		Location string   `json:"location"`
+		Effect   string   `json:"effect"`
+		From     []string `json:"from"`
+		To       []string `json:"to"`
+		Ports    []uint16 `json:"ports"`
+		Reason   string   `json:"reason,omitempty"`
+	}
+	type endpoint struct {
+		Instance string   `json:"instance"`
+		Address  string   `json:"address"`
+		Ports    []uint16 `json:"ports"`
+	}
+	type service struct {
+		ID        string        `json:"id"`
+		Ports     []policy.Port `json:"ports"`
+		Endpoints []endpoint    `json:"endpoints"`
+	}
+	out := struct {
+		Revisions map[string]string `json:"revisions"`
+		Ports     []policy.Port     `json:"ports"`
+		Rules     []rule            `json:"rules"`
+		Services  []service         `json:"services"`
+	}{Revisions: make(map[string]string)}
+	for k, r := range v.revs {
+		out.Revisions[string(k)] = r.String()
+	}
+	for _, n := range slices.Sorted(maps.Keys(v.ports)) {
+		out.Ports = append(out.Ports, v.ports[n])
+	}
+	if v.rules != nil {
+		for _, r := range v.rules.Rules() {
+			d := rule{Rule: r.Ref.Policy, Location: r.Ref.Location(), Effect: r.Effect.String(), Ports: r.Ports, Reason: r.Reason}
+			if r.Ref.Set != "" {
+				d.Rule = r.Ref.Set + "/" + r.Ref.Policy
+			}
+			for _, p := range r.From {
+				d.From = append(d.From, p.String())
+			}
+			for _, p := range r.To {
+				d.To = append(d.To, p.String())
+			}
+			out.Rules = append(out.Rules, d)
+		}
+	}
+	for _, s := range v.services {
+		d := service{ID: s.ID.String(), Ports: s.Ports}
+		for _, e := range s.Endpoints {
+			d.Endpoints = append(d.Endpoints, endpoint{e.Instance, e.Addr.String(), e.Ports})
+		}
+		out.Services = append(out.Services, d)
+	}
+	slices.SortFunc(out.Services, func(a, b service) int { return strings.Compare(a.ID, b.ID) })
+	return out
+}

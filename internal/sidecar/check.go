@@ -1,0 +1,202 @@
+package sidecar
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.yaml.in/yaml/v4"
+
+	"github.com/sallyport-mesh/sallyport/internal/proxy"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
+)
+
+// maxSocketPath is sun_path without its final NUL (unix(7)).
+const maxSocketPath = 107
+
+// mistake is a value that cannot be. key is where it stands: "outbound[0].to".
+type mistake struct {
+	key string
+	err error
+}
+
+// check finds every mistake and fills in what depends on the process.
+func (c *Config) check() []mistake {
+	var out []mistake
+	fail := func(key string, err error) {
+		if err != nil {
+			out = append(out, mistake{key, err})
+		}
+	}
+	if c.ControlPlane == "" {
+		fail("controlPlane", errors.New("required: the control plane's host:port"))
+	} else {
+		fail("controlPlane", remote(c.ControlPlane))
+	}
+	if c.StateDir == "" {
+		fail("stateDir", errors.New("required: a folder for this sidecar alone"))
+	}
+	fail("tunnel.listen", hostPort(c.Tunnel.Listen))
+	if c.Tunnel.Advertise != "" {
+		_, err := netip.ParseAddr(c.Tunnel.Advertise)
+		fail("tunnel.advertise", orElse(err, "want an IP address without a port"))
+	}
+	for name, addr := range c.App {
+		_, err := app(name, addr)
+		fail("app."+name, err)
+	}
+	c.checkOutbound(fail)
+	if c.AllowUIDs == nil {
+		c.AllowUIDs = []uint32{uint32(os.Geteuid())}
+	}
+	if len(c.AllowUIDs) == 0 && len(c.Outbound) > 0 {
+		fail("allowUIDs", errors.New("nobody may use the outbound listeners; name the app's user or leave the key out"))
+	}
+	if c.Admin.Listen != "" {
+		fail("admin.listen", hostPort(c.Admin.Listen))
+	}
+	if n := len(c.Admin.Socket); n > maxSocketPath {
+		fail("admin.socket", fmt.Errorf("the path has %d bytes, and %d are possible for a socket; choose a shorter folder", n, maxSocketPath))
+	}
+	if c.Drain < 0 {
+		fail("drain", errors.New("cannot be negative"))
+	}
+	if c.Idle < 0 {
+		fail("idle", errors.New("cannot be negative; 0 is never"))
+	}
+	if hclog.LevelFromString(c.Log.Level) == hclog.NoLevel {
+		fail("log.level", fmt.Errorf("%q: want debug, info, warn or error", c.Log.Level))
+	}
+	if c.Log.Format != "text" && c.Log.Format != "json" {
+		fail("log.format", fmt.Errorf("%q: want text or json", c.Log.Format))
+	}
+	return out
+}
+
+func (c *Config) checkOutbound(fail func(string, error)) {
+	seen := make(map[string]int)
+	for i, o := range c.Outbound {
+		key := fmt.Sprintf("outbound[%d]", i)
+		fail(key+".listen", localAddr(o.Listen))
+		if first, dup := seen[o.Listen]; dup && !strings.HasSuffix(o.Listen, ":0") {
+			fail(key+".listen", fmt.Errorf("the same as outbound[%d].listen", first))
+		}
+		seen[o.Listen] = i
+		fail(key+".to", checkTarget(o.To))
+	}
+}
+
+// checkTarget reads REF:PORT as far as that goes without the trust domain.
+func checkTarget(to string) error {
+	ref, port, err := proxy.SplitTarget(to)
+	if err != nil {
+		return err
+	}
+	any := spiffeid.RequireTrustDomainFromString("any.example")
+	if _, err := identity.ParseRef(any, ref); err != nil {
+		return err
+	}
+	if n, err := strconv.Atoi(port); err == nil && (n < 1 || n > 65535) {
+		return fmt.Errorf("port %d: want 1 to 65535, or a port's name", n)
+	}
+	return nil
+}
+
+// app reads where the app serves a port.
+func app(name, addr string) (proxy.App, error) {
+	if name == "" {
+		return proxy.App{}, errors.New("a port's name is missing")
+	}
+	if path, ok := strings.CutPrefix(addr, "unix:"); ok {
+		return proxy.App{Port: name, Network: "unix", Address: path}, localAddr(addr)
+	}
+	return proxy.App{Port: name, Network: "tcp", Address: addr}, localAddr(addr)
+}
+
+// localAddr accepts a loopback HOST:PORT or unix:PATH.
+func localAddr(addr string) error {
+	if path, ok := strings.CutPrefix(addr, "unix:"); ok {
+		switch {
+		case path == "":
+			return errors.New("unix: without a path")
+		case len(path) > maxSocketPath:
+			return fmt.Errorf("the path has %d bytes, and %d are possible for a socket; choose a shorter folder", len(path), maxSocketPath)
+		}
+		return nil
+	}
+	if err := hostPort(addr); err != nil {
+		return fmt.Errorf("%w, or unix:/path", err)
+	}
+	host, _, _ := net.SplitHostPort(addr)
+	if ip, err := netip.ParseAddr(host); host != "localhost" && (err != nil || !ip.Unmap().IsLoopback()) {
+		return fmt.Errorf("%q is not on this machine's loopback: traffic to it would be neither encrypted nor authenticated", host)
+	}
+	return nil
+}
+
+// hostPort accepts HOST:PORT with a numeric port; HOST may be empty, which is
+// every address of the machine.
+func hostPort(addr string) error {
+	_, port, err := net.SplitHostPort(addr)
+	if err == nil {
+		_, err = strconv.ParseUint(port, 10, 16)
+	}
+	return orElse(err, fmt.Sprintf("%q: want HOST:PORT, with a port from 0 to 65535", addr))
+}
+
+// remote accepts HOST:PORT of something to connect to.
+func remote(addr string) error {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil || host == "" || port == "0" {
+		return fmt.Errorf("%q: want HOST:PORT", addr)
+	}
+	return hostPort(addr)
+}
+
+// orElse words err for the reader of a configuration file.
+func orElse(err error, words string) error {
+	if err == nil {
+		return nil
+	}
+	return errors.New(words)
+}
+
+// lineOf finds the line of a key such as "outbound[0].to", or of the nearest
+// key above it that is there; 1 when none is.
+func lineOf(doc *yaml.Node, key string) int {
+	line, n := 1, doc
+	if n.Kind == yaml.DocumentNode && len(n.Content) > 0 {
+		n = n.Content[0]
+	}
+	for _, part := range strings.Split(strings.ReplaceAll(key, "[", "."), ".") {
+		next := child(n, strings.TrimSuffix(part, "]"))
+		if next == nil {
+			break
+		}
+		line, n = next.Line, next
+	}
+	return line
+}
+
+// child finds a mapping's value by key or a sequence's element by number.
+func child(n *yaml.Node, name string) *yaml.Node {
+	switch n.Kind {
+	case yaml.MappingNode:
+		for i := 0; i+1 < len(n.Content); i += 2 {
+			if n.Content[i].Value == name {
+				return n.Content[i+1]
+			}
+		}
+	case yaml.SequenceNode:
+		if i, err := strconv.Atoi(name); err == nil && i >= 0 && i < len(n.Content) {
+			return n.Content[i]
+		}
+	}
+	return nil
+}

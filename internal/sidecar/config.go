@@ -1,0 +1,185 @@
+package sidecar
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"go.yaml.in/yaml/v4"
+)
+
+// maxConfig bounds a configuration file, in bytes.
+const maxConfig = 1 << 20
+
+// Config configures one sidecar. It is read from YAML by [Load]; unknown keys
+// are errors. Relative paths are relative to the configuration file's folder.
+// docs/sidecar.md describes every key.
+type Config struct {
+	// ControlPlane is the control plane's gRPC address, host:port. Required.
+	ControlPlane string `yaml:"controlPlane"`
+	// TokenFile holds a join token, as "sallyport token create" prints it. It is
+	// needed for the first start only.
+	TokenFile string `yaml:"tokenFile"`
+	// StateDir keeps the enrolment key (0600) and the trust bundles. Default: state.
+	StateDir string `yaml:"stateDir"`
+	Tunnel   Tunnel `yaml:"tunnel"`
+	// App says where the app serves each declared port: port name to loopback
+	// HOST:PORT or unix:/path. A declared port that is missing here is not served
+	// by this instance.
+	App      map[string]string `yaml:"app"`
+	Outbound []Outbound        `yaml:"outbound"`
+	// AllowUIDs are the users who may use the outbound listeners. Default: the
+	// sidecar's own.
+	AllowUIDs []uint32 `yaml:"allowUIDs"`
+	Admin     Admin    `yaml:"admin"`
+	// Drain is how long a stop waits for live connections. Default: 30s.
+	Drain time.Duration `yaml:"drain"`
+	// Idle is after how long without a byte in either direction a connection is
+	// closed; 0 is never. Default: 1h.
+	Idle time.Duration `yaml:"idle"`
+	// FlowLog is a file to which flow records are appended, one JSON object per
+	// line. Default: none.
+	FlowLog string `yaml:"flowLog"`
+	Log     Log    `yaml:"log"`
+}
+
+// Tunnel is the listener that other sidecars connect to.
+type Tunnel struct {
+	Listen string `yaml:"listen"` // default 0.0.0.0:15008
+	// Advertise is the IP address to announce. Default: the address that the
+	// control plane sees. Another one must lie in its announce.ranges.
+	Advertise string `yaml:"advertise"`
+}
+
+// Outbound is a local listener with one destination.
+type Outbound struct {
+	Listen string `yaml:"listen"` // loopback IP:PORT or unix:/path
+	To     string `yaml:"to"`     // WORKLOAD:PORT, as in payments:http
+}
+
+// Admin is where the sidecar shows itself.
+type Admin struct {
+	Listen string `yaml:"listen"` // /healthz, /readyz, /metrics; default 127.0.0.1:15020
+	Socket string `yaml:"socket"` // profiles, /config, /view, /connections; mode 0600; default admin.sock
+}
+
+// Log says what is logged, on stderr.
+type Log struct {
+	Level  string `yaml:"level"`  // debug, info, warn or error; default info
+	Format string `yaml:"format"` // text or json; default text
+}
+
+// Default returns the configuration that an empty file stands for.
+func Default() Config {
+	return Config{
+		StateDir: "state",
+		Tunnel:   Tunnel{Listen: "0.0.0.0:15008"},
+		Admin:    Admin{Listen: "127.0.0.1:15020", Socket: "admin.sock"},
+		Drain:    30 * time.Second,
+		Idle:     time.Hour,
+		Log:      Log{Level: "info", Format: "text"},
+	}
+}
+
+// Load reads and checks the configuration file at path. The error names every
+// mistake, one FILE:LINE to a line.
+func Load(path string) (Config, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return Config{}, fmt.Errorf("reading configuration: %w", err)
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
+	if err != nil {
+		return Config{}, fmt.Errorf("reading configuration %s: %w", path, err)
+	}
+	return parse(path, data)
+}
+
+// parse reads the content of the file at path.
+func parse(path string, data []byte) (Config, error) {
+	if len(data) > maxConfig {
+		return Config{}, fmt.Errorf("%s: more than %d bytes; is this a configuration file?", path, maxConfig)
+	}
+	c := Default()
+	var doc yaml.Node
+	dec := yaml.NewDecoder(bytes.NewReader(data))
+	if err := dec.Decode(&doc); err != nil && !errors.Is(err, io.EOF) {
+		return Config{}, yamlErrors(path, err)
+	}
+	if err := dec.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
+		return Config{}, fmt.Errorf("%s: more than one YAML document", path)
+	}
+	strict := yaml.NewDecoder(bytes.NewReader(data))
+	strict.KnownFields(true)
+	if err := strict.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
+		return Config{}, yamlErrors(path, err)
+	}
+	c.resolve(filepath.Dir(path))
+	var errs []error
+	for _, m := range c.check() {
+		errs = append(errs, fmt.Errorf("%s:%d: %s: %w", path, lineOf(&doc, m.key), m.key, m.err))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return Config{}, err
+	}
+	return c, nil
+}
+
+// resolve makes paths independent of the working directory.
+func (c *Config) resolve(dir string) {
+	for _, p := range []*string{&c.TokenFile, &c.StateDir, &c.Admin.Socket, &c.FlowLog} {
+		if *p != "" && !filepath.IsAbs(*p) {
+			*p = filepath.Join(dir, *p)
+		}
+	}
+	unix := func(addr string) string {
+		path, ok := strings.CutPrefix(addr, "unix:")
+		if ok && path != "" && !filepath.IsAbs(path) {
+			return "unix:" + filepath.Join(dir, path)
+		}
+		return addr
+	}
+	for name, addr := range c.App {
+		c.App[name] = unix(addr)
+	}
+	for i := range c.Outbound {
+		c.Outbound[i].Listen = unix(c.Outbound[i].Listen)
+	}
+}
+
+// yamlErrors words what the YAML reader found as FILE:LINE lines.
+func yamlErrors(path string, err error) error {
+	var many *yaml.LoadErrors
+	var one *yaml.LoadError
+	switch {
+	case errors.As(err, &many):
+		var errs []error
+		for _, e := range many.Errors {
+			errs = append(errs, fmt.Errorf("%s:%d: %s", path, e.Mark.Line, message(e)))
+		}
+		return errors.Join(errs...)
+	case errors.As(err, &one):
+		return fmt.Errorf("%s:%d: %s", path, one.Mark.Line, message(one))
+	}
+	return fmt.Errorf("%s: %w", path, err)
+}
+
+// message drops the names of our Go types, which mean nothing to the reader.
+func message(e *yaml.LoadError) string {
+	m, _, _ := strings.Cut(e.Message, " in type sidecar.")
+	if strings.HasSuffix(m, "into time.Duration") {
+		return "want a duration with its unit, as in 30s or 1h"
+	}
+	if field, ok := strings.CutPrefix(m, "field "); ok {
+		if name, ok := strings.CutSuffix(field, " not found"); ok {
+			return fmt.Sprintf("unknown key %q", name)
+		}
+	}
+	return m
+}

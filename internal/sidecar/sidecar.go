@@ -1,0 +1,240 @@
+// Package sidecar composes one sidecar: identity from package agent, a view of
+// the mesh from package xds, the data path of package proxy, and how it shows
+// itself from package admin.
+//
+// It decides nothing and carries no byte: it starts, connects and stops those
+// who do. docs/sidecar.md is its manual.
+package sidecar
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/sallyport-mesh/sallyport/internal/admin"
+	"github.com/sallyport-mesh/sallyport/internal/agent"
+	"github.com/sallyport-mesh/sallyport/internal/flow"
+	"github.com/sallyport-mesh/sallyport/internal/proxy"
+	"github.com/sallyport-mesh/sallyport/internal/xds"
+)
+
+// flowLogQueue is how many records may wait for the disk.
+const flowLogQueue = 16384
+
+// Options are a sidecar's surroundings.
+type Options struct {
+	Log     hclog.Logger     // required
+	Now     func() time.Time // nil: time.Now
+	Version string           // shown in the metrics
+}
+
+// Sidecar is one workload's door. Make it with [New], let it work with Run.
+type Sidecar struct {
+	cfg Config
+	log hclog.Logger
+	now func() time.Time
+
+	agent    *agent.Agent
+	views    proxy.Views
+	inbound  *proxy.Inbound
+	outbound *proxy.Outbound
+	announce *announcer
+
+	stream  *flow.Stream
+	flowLog *flow.JSONL // nil: none
+	sink    flow.Sink   // all of the above and the metrics
+
+	health      *admin.Health
+	metrics     *prometheus.Registry
+	adminHTTP   net.Listener // nil: none
+	adminSocket net.Listener // nil: none
+}
+
+// New opens every listener and file and reads the state folder, so that what is
+// wrong shows at once; it contacts nobody. An error is one line that says what to
+// do. cfg comes from [Load].
+func New(ctx context.Context, cfg Config, opts Options) (*Sidecar, error) {
+	if opts.Now == nil {
+		opts.Now = time.Now
+	}
+	s := &Sidecar{cfg: cfg, log: opts.Log, now: opts.Now, metrics: prometheus.NewRegistry()}
+	if err := s.open(ctx, opts); err != nil {
+		s.close()
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *Sidecar) open(ctx context.Context, opts Options) error {
+	token, err := readToken(s.cfg)
+	if err != nil {
+		return err
+	}
+	s.agent, err = agent.New(agent.Config{
+		ControlPlane: s.cfg.ControlPlane, Token: token, StateDir: s.cfg.StateDir, Now: s.now, Log: s.log,
+	})
+	if err != nil {
+		return err
+	}
+	s.stream = flow.NewStream(flow.StreamConfig{Node: s.agent.Instance()})
+	sinks := []flow.Sink{s.stream}
+	if s.cfg.FlowLog != "" {
+		if s.flowLog, err = flow.OpenJSONL(s.cfg.FlowLog, flowLogQueue, s.log.Named("flows")); err != nil {
+			return err
+		}
+		sinks = append(sinks, s.flowLog)
+	}
+	s.sink = stamped{s.agent, flow.Tee(append(sinks, admin.NewMetrics(s.metrics, opts.Version, s.sources()))...)}
+	if err := s.openProxy(); err != nil {
+		return err
+	}
+	s.announce = newAnnouncer(s.log.Named("announce"))
+	s.openHealth()
+	s.views.Watch(s.viewChanged)
+	return s.openAdmin(ctx)
+}
+
+func (s *Sidecar) openProxy() error {
+	var apps []proxy.App
+	for name, addr := range s.cfg.App {
+		a, err := app(name, addr)
+		if err != nil {
+			return fmt.Errorf("app.%s: %w", name, err)
+		}
+		apps = append(apps, a)
+	}
+	var err error
+	s.inbound, err = proxy.ListenInbound(proxy.InboundConfig{
+		Listen: s.cfg.Tunnel.Listen, Apps: apps, Source: s.agent.Source(), Views: &s.views,
+		Sink: s.sink, Idle: s.cfg.Idle, Now: s.now, Log: s.log.Named("inbound"),
+	})
+	if err != nil {
+		return err
+	}
+	var doors []proxy.Door
+	for i, o := range s.cfg.Outbound {
+		doors = append(doors, proxy.Door{Key: fmt.Sprintf("outbound[%d].listen", i), Listen: o.Listen, To: o.To})
+	}
+	s.outbound, err = proxy.ListenOutbound(proxy.OutboundConfig{
+		Doors: doors, AllowUIDs: s.cfg.AllowUIDs, Source: s.agent.Source(), Views: &s.views,
+		Sink: s.sink, Idle: s.cfg.Idle, Now: s.now, Log: s.log.Named("outbound"),
+	})
+	return err
+}
+
+func (s *Sidecar) openAdmin(ctx context.Context) (err error) {
+	if s.cfg.Admin.Listen != "" {
+		if s.adminHTTP, err = admin.Listen(ctx, s.cfg.Admin.Listen); err != nil {
+			return fmt.Errorf("admin.listen: %w", err)
+		}
+	}
+	if s.cfg.Admin.Socket != "" {
+		if s.adminSocket, err = admin.ListenUnix(ctx, s.cfg.Admin.Socket); err != nil {
+			return fmt.Errorf("admin.socket: %w", err)
+		}
+	}
+	return nil
+}
+
+// close gives back what New opened, where Run will not.
+func (s *Sidecar) close() {
+	var errs []error
+	if s.inbound != nil {
+		errs = append(errs, s.inbound.Close())
+	}
+	if s.outbound != nil {
+		errs = append(errs, s.outbound.Close())
+	}
+	for _, ln := range []net.Listener{s.adminHTTP, s.adminSocket} {
+		if ln != nil {
+			errs = append(errs, ln.Close())
+		}
+	}
+	if s.flowLog != nil {
+		done, cancel := context.WithCancel(context.Background())
+		cancel()
+		errs = append(errs, s.flowLog.Run(done)) // closes the file
+	}
+	if err := errors.Join(errs...); err != nil {
+		s.log.Debug("closing after an error", "error", err)
+	}
+}
+
+// TunnelAddr is the address of the tunnel listener.
+func (s *Sidecar) TunnelAddr() net.Addr { return s.inbound.Addr() }
+
+// OutboundAddrs are the addresses of the outbound listeners, in the order of the
+// configuration.
+func (s *Sidecar) OutboundAddrs() []net.Addr { return s.outbound.Addrs() }
+
+// AdminAddr is the address of health and metrics; nil when there is none.
+func (s *Sidecar) AdminAddr() net.Addr {
+	if s.adminHTTP == nil {
+		return nil
+	}
+	return s.adminHTTP.Addr()
+}
+
+// stamped marks records with who made them.
+type stamped struct {
+	agent *agent.Agent
+	next  flow.Sink
+}
+
+func (s stamped) Record(f flow.Flow) {
+	f.Reporter, f.Instance = s.agent.ID().String(), s.agent.Instance()
+	s.next.Record(f)
+}
+
+// readToken reads the join token. A file that is not there is fine once the
+// instance has enrolled.
+func readToken(cfg Config) (string, error) {
+	if cfg.TokenFile == "" {
+		return "", nil
+	}
+	f, err := os.Open(cfg.TokenFile)
+	if errors.Is(err, os.ErrNotExist) {
+		enrolled, stateErr := agent.Enrolled(cfg.StateDir)
+		if stateErr != nil {
+			return "", stateErr
+		}
+		if !enrolled {
+			return "", fmt.Errorf("tokenFile %s does not exist and this instance has not enrolled yet; on the control plane: sallyport token create --workload NAME, and put its output there", cfg.TokenFile)
+		}
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("reading tokenFile: %w", err)
+	}
+	defer f.Close()
+	const limit = 4 << 10
+	b, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return "", fmt.Errorf("reading tokenFile: %w", err)
+	}
+	if len(b) > limit {
+		return "", fmt.Errorf("tokenFile %s: more than %d bytes; this is not a join token", cfg.TokenFile, limit)
+	}
+	return strings.TrimSpace(string(b)), nil
+}
+
+// apply puts one kind of resource in force. What it refuses is refused to the
+// control plane, and the last good state stays.
+func (s *Sidecar) apply(u xds.Update) error {
+	if u.Kind == xds.Bundles {
+		if err := s.agent.SetBundles(u.Bundles); err != nil {
+			return err
+		}
+	}
+	s.views.Apply(u)
+	s.log.Debug("view updated", "kind", u.Kind, "revision", u.Rev)
+	return nil
+}

@@ -1,0 +1,189 @@
+package sidecar
+
+import (
+	"fmt"
+	"net"
+	"strings"
+	"time"
+
+	"go.yaml.in/yaml/v4"
+
+	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
+	"github.com/sallyport-mesh/sallyport/internal/admin"
+	"github.com/sallyport-mesh/sallyport/internal/agent"
+	"github.com/sallyport-mesh/sallyport/internal/capture"
+	"github.com/sallyport-mesh/sallyport/internal/flow"
+	"github.com/sallyport-mesh/sallyport/internal/proxy"
+)
+
+// Components of a sidecar's health, listed in docs/sidecar.md.
+const (
+	componentIdentity  = "identity"
+	componentLink      = "control-plane"
+	componentPolicy    = "policy"
+	componentAnnounce  = "announce"
+	componentTunnel    = "tunnel"
+	componentApp       = "app"
+	componentIsolation = "local-isolation"
+)
+
+func (s *Sidecar) openHealth() {
+	s.health = admin.NewHealth(s.now, componentIdentity, componentPolicy)
+	s.health.Set(componentTunnel, admin.OK, "")
+	s.health.Set(componentApp, admin.OK, "")
+	s.health.Set(componentLink, admin.Degraded, "not connected yet")
+	s.health.Set(componentAnnounce, admin.Degraded, "not announced yet")
+	s.health.Set(componentIsolation, admin.OK, "")
+	if why := s.isolationOff(); why != "" {
+		s.health.Set(componentIsolation, admin.Degraded, why)
+	}
+	s.health.BeforeReport(s.refreshHealth)
+}
+
+// refreshHealth sets what changes without anybody telling.
+func (s *Sidecar) refreshHealth() {
+	switch id := s.agent.Status(); id.State {
+	case agent.Valid:
+		s.health.Set(componentIdentity, admin.OK, "")
+	case agent.Degraded:
+		s.health.Set(componentIdentity, admin.Degraded, fmt.Sprintf("renewing the SVID does not work: %s; it is valid until %s", id.Detail, id.NotAfter.UTC().Format(time.RFC3339)))
+	default:
+		s.health.Set(componentIdentity, admin.Down, fmt.Sprintf("%s: %s", id.State, id.Detail))
+	}
+	if err := s.views.Ready(); err != nil {
+		s.health.Set(componentPolicy, admin.Down, err.Error())
+	} else {
+		s.health.Set(componentPolicy, admin.OK, "")
+	}
+}
+
+// isolationOff says why the outbound listeners protect nothing; "" when they do
+// or there are none.
+func (s *Sidecar) isolationOff() string {
+	if i := capture.IsolationOf(s.cfg.AllowUIDs); !i.On && len(s.cfg.Outbound) > 0 {
+		return i.Reason
+	}
+	return ""
+}
+
+func (s *Sidecar) sayIsolation() {
+	if why := s.isolationOff(); why != "" {
+		s.log.Warn(why)
+	}
+}
+
+// viewChanged follows a new view: what to announce, and whether the app's ports
+// are declared.
+func (s *Sidecar) viewChanged(v *proxy.View) {
+	if !v.HasRules() {
+		return
+	}
+	ports, undeclared := s.inbound.Serves(v)
+	req := &sallyportv1.AnnounceRequest{Address: s.cfg.Tunnel.Advertise, TunnelPort: tcpPort(s.TunnelAddr())}
+	for _, p := range ports {
+		req.Ports = append(req.Ports, uint32(p))
+	}
+	s.announce.set(req)
+	if len(undeclared) == 0 {
+		s.health.Set(componentApp, admin.OK, "")
+		return
+	}
+	why := fmt.Sprintf("proxy.yaml serves port %s, which the Workload does not declare; add it to spec.ports, or remove it from app", strings.Join(undeclared, ", "))
+	if s.health.Get(componentApp).Message != why {
+		s.log.Warn(why)
+	}
+	s.health.Set(componentApp, admin.Degraded, why)
+}
+
+func tcpPort(a net.Addr) uint32 {
+	if t, ok := a.(*net.TCPAddr); ok {
+		return uint32(t.Port)
+	}
+	return 0
+}
+
+func (s *Sidecar) linkUp() {
+	if s.health.Get(componentLink).Status != admin.OK {
+		s.log.Info("connected to the control plane", "address", s.cfg.ControlPlane)
+	}
+	s.health.Set(componentLink, admin.OK, "")
+}
+
+// linkLost notes that a connection failed or ended. While another one stands,
+// that is no trouble yet.
+func (s *Sidecar) linkLost(err error, other *session) {
+	if other != nil {
+		s.log.Debug("no new connection to the control plane yet", "error", err)
+		return
+	}
+	if s.health.Get(componentLink).Status == admin.OK {
+		s.log.Warn("no connection to the control plane; traffic goes on with the last view", "error", err)
+	}
+	s.health.Set(componentLink, admin.Degraded, fmt.Sprintf("%v; trying again, and traffic goes on with the last view", err))
+}
+
+func (s *Sidecar) announceFailed(err error) {
+	if s.health.Get(componentAnnounce).Message != err.Error() {
+		s.log.Info("this endpoint is not announced; trying again", "error", err)
+	}
+	s.health.Set(componentAnnounce, admin.Degraded, err.Error())
+}
+
+// sources feeds the metrics. It is read at each scrape, after New.
+func (s *Sidecar) sources() admin.Sources {
+	return admin.Sources{
+		Now: s.now,
+		Live: func() map[flow.Side]int {
+			return map[flow.Side]int{flow.Inbound: s.inbound.Live(), flow.Outbound: s.outbound.Live()}
+		},
+		SVIDExpiry: func() (time.Time, bool) {
+			t := s.agent.Status().NotAfter
+			return t, !t.IsZero()
+		},
+		SVIDRenewals: func() uint64 { return s.agent.Status().Renewals },
+		Revisions: func() map[string]string {
+			out := make(map[string]string)
+			for kind, rev := range s.views.Load().Revisions() {
+				out[string(kind)] = rev.String()
+			}
+			return out
+		},
+		Dropped: func() map[string]uint64 {
+			out := map[string]uint64{"control-plane": s.stream.Dropped()}
+			if s.flowLog != nil {
+				out["file"] = s.flowLog.Dropped()
+			}
+			return out
+		},
+		RefusedLocal:      func() uint64 { return s.outbound.RefusedLocal() },
+		HandshakeFailures: func() map[string]uint64 { return s.inbound.HandshakeFailures() },
+		Components:        func() map[string]admin.Component { return s.health.Report().Components },
+	}
+}
+
+// debugParts are what the admin socket shows besides profiles. None holds a
+// secret: the configuration names files, it does not quote them.
+func (s *Sidecar) debugParts() map[string]func() any {
+	return map[string]func() any{
+		"config": func() any { return describe(s.cfg) },
+		"view":   func() any { return s.views.Load().Describe() },
+		"connections": func() any {
+			return map[flow.Side][]proxy.Connection{
+				flow.Inbound: s.inbound.Connections(), flow.Outbound: s.outbound.Connections(),
+			}
+		},
+	}
+}
+
+// describe gives c with the keys and the spelling of the configuration file.
+func describe(c Config) any {
+	text, err := yaml.Dump(c)
+	if err != nil {
+		return err.Error()
+	}
+	var out map[string]any
+	if err := yaml.Load(text, &out); err != nil {
+		return err.Error()
+	}
+	return out
+}
