@@ -1,0 +1,107 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"text/tabwriter"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+
+	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
+)
+
+// errReported ends a verb whose output has already said what is wrong.
+var errReported = errors.New("reported")
+
+// maxMessage bounds what the admin API sends and takes, in bytes: a full set
+// of files and some room.
+const maxMessage = 64 << 20
+
+// cli holds what every verb shares.
+type cli struct {
+	stdout, stderr io.Writer
+	socket, output string
+}
+
+// socketPath finds the admin socket: flag, environment, then the usual places.
+func (c *cli) socketPath() (string, error) {
+	if c.socket != "" {
+		return c.socket, nil
+	}
+	if p := os.Getenv("SALLYPORT_ADMIN_SOCKET"); p != "" {
+		return p, nil
+	}
+	usual := []string{filepath.Join(".sallyport", "admin.sock"), "/var/lib/sallyport/admin.sock"}
+	for _, p := range usual {
+		if _, err := os.Stat(p); err == nil {
+			return p, nil
+		}
+	}
+	return "", fmt.Errorf("no control plane found: neither %s nor %s exists; name its socket with --socket or $SALLYPORT_ADMIN_SOCKET", usual[0], usual[1])
+}
+
+// admin calls fn with a client of the admin API.
+func (c *cli) admin(ctx context.Context, fn func(context.Context, sallyportv1.AdminClient) error) error {
+	path, err := c.socketPath()
+	if err != nil {
+		return err
+	}
+	if abs, err := filepath.Abs(path); err == nil {
+		path = abs
+	}
+	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("no socket at %s: is the control plane running?", path)
+	}
+	conn, err := grpc.NewClient("unix:"+path,
+		grpc.WithTransportCredentials(insecure.NewCredentials()), // a 0600 unix socket; the kernel names both ends
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage), grpc.MaxCallSendMsgSize(maxMessage)))
+	if err != nil {
+		return fmt.Errorf("dialing %s: %w", path, err)
+	}
+	defer conn.Close()
+	err = fn(ctx, sallyportv1.NewAdminClient(conn))
+	if s, ok := status.FromError(err); ok && s.Code() == codes.Unavailable {
+		return fmt.Errorf("the control plane at %s does not answer: %s", path, s.Message())
+	}
+	return err
+}
+
+// print writes m as JSON if that was asked for, else calls text.
+func (c *cli) print(m proto.Message, text func(w io.Writer)) error {
+	switch c.output {
+	case "json":
+		data, err := protojson.MarshalOptions{Multiline: true, EmitUnpopulated: true, UseProtoNames: true}.Marshal(m)
+		if err != nil {
+			return err
+		}
+		_, err = fmt.Fprintln(c.stdout, string(data))
+		return err
+	case "text":
+		w := tabwriter.NewWriter(c.stdout, 0, 8, 2, ' ', 0)
+		text(w)
+		return w.Flush()
+	default:
+		return fmt.Errorf("--output %s: want text or json", c.output)
+	}
+}
+
+// printJSON writes v on one line.
+func (c *cli) printJSON(v any) error { return json.NewEncoder(c.stdout).Encode(v) }
+
+func orDash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}

@@ -1,0 +1,185 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
+)
+
+func (c *cli) token() *cobra.Command {
+	var workload string
+	var ttl time.Duration
+	token := &cobra.Command{Use: "token", Short: "Manage join tokens"}
+	create := &cobra.Command{
+		Use: "create", Short: "Make a join token: one sidecar may enrol with it, once", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.admin(cmd.Context(), func(ctx context.Context, a sallyportv1.AdminClient) error {
+				resp, err := a.CreateToken(ctx, &sallyportv1.CreateTokenRequest{Workload: workload, Ttl: durationpb.New(ttl)})
+				if err != nil {
+					return err
+				}
+				fmt.Fprintf(c.stderr, "for %s, good once, until %s\n", resp.GetSpiffeId(), local(resp.GetExpires()))
+				return c.print(resp, func(w io.Writer) { fmt.Fprintln(w, resp.GetToken()) })
+			})
+		},
+	}
+	create.Flags().StringVar(&workload, "workload", "", "`name` of the Workload (required)")
+	create.Flags().DurationVar(&ttl, "ttl", 0, "how long it is good for (default 10m, at most 168h)")
+	if err := create.MarkFlagRequired("workload"); err != nil {
+		panic(err) // the flag is defined two lines above
+	}
+	token.AddCommand(create)
+	return token
+}
+
+func local(t *timestamppb.Timestamp) string {
+	if !t.IsValid() || t.AsTime().IsZero() || t.AsTime().Unix() == 0 {
+		return "-"
+	}
+	return t.AsTime().Local().Format(time.DateTime)
+}
+
+func (c *cli) status() *cobra.Command {
+	return &cobra.Command{
+		Use: "status", Short: "Is the mesh well, and if not, what to do", Args: cobra.NoArgs,
+		Long: "Status prints one screen. Its exit code is 1 when something is wrong.",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.admin(cmd.Context(), func(ctx context.Context, a sallyportv1.AdminClient) error {
+				resp, err := a.Status(ctx, &sallyportv1.StatusRequest{})
+				if err != nil {
+					return err
+				}
+				if err := c.print(resp, func(w io.Writer) { printStatus(w, resp) }); err != nil {
+					return err
+				}
+				if len(resp.GetProblems()) > 0 {
+					return errReported
+				}
+				return nil
+			})
+		},
+	}
+}
+
+func printStatus(w io.Writer, s *sallyportv1.StatusResponse) {
+	fmt.Fprintf(w, "trust domain\t%s\nrevision\t%s\npolicy from\t%s\nversion\t%s, up since %s\n",
+		s.GetTrustDomain(), s.GetRevision(), s.GetPolicySource(), s.GetVersion(), local(s.GetStarted()))
+	for _, a := range s.GetAuthorities() {
+		fmt.Fprintf(w, "authority\t%s (%s, until %s)\n", a.GetSubject(), a.GetState(), local(a.GetNotAfter()))
+	}
+	fmt.Fprintln(w, "\nWORKLOAD\tINSTANCE\tENDPOINT\tSVID UNTIL\tREVISION\tSTATE")
+	for _, wl := range s.GetWorkloads() {
+		name := wl.GetName()
+		if wl.GetSet() != "" {
+			name = wl.GetSet() + "/" + name
+		}
+		if len(wl.GetInstances()) == 0 {
+			fmt.Fprintf(w, "%s\t-\t-\t-\t-\tnever enrolled\n", name)
+		}
+		for _, i := range wl.GetInstances() {
+			state := "connected"
+			switch {
+			case i.GetNack() != "":
+				state = "refuses the revision"
+			case !i.GetConnected():
+				state = "not connected"
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", name, i.GetInstance(), orDash(i.GetEndpoint()), local(i.GetSvidExpires()), orDash(i.GetAcked()), state)
+		}
+	}
+	fmt.Fprintln(w)
+	if len(s.GetProblems()) == 0 {
+		fmt.Fprintln(w, "The mesh is well.")
+		return
+	}
+	fmt.Fprintf(w, "%d to look at:\n", len(s.GetProblems()))
+	for _, p := range s.GetProblems() {
+		fmt.Fprintf(w, "- %s\n", strings.ReplaceAll(p, "\n", "\n  "))
+	}
+}
+
+func (c *cli) explain() *cobra.Command {
+	req := &sallyportv1.ExplainRequest{}
+	cmd := &cobra.Command{
+		Use: "explain", Short: "Say what would happen to a connection and which line decides", Args: cobra.NoArgs,
+		Long: `Explain answers for --from and --to (a workload's name, /path or spiffe:// ID)
+on one --port or on all declared ones, or for the --decision id of a flow.`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if req.GetDecisionId() == "" && (req.GetFrom() == "" || req.GetTo() == "") {
+				return errors.New("explain needs --from and --to, or --decision")
+			}
+			return c.admin(cmd.Context(), func(ctx context.Context, a sallyportv1.AdminClient) error {
+				resp, err := a.Explain(ctx, req)
+				if err != nil {
+					return err
+				}
+				return c.print(resp, func(w io.Writer) {
+					for _, e := range resp.GetExplanations() {
+						printExplanation(w, e)
+					}
+				})
+			})
+		},
+	}
+	cmd.Flags().StringVar(&req.From, "from", "", "who calls")
+	cmd.Flags().StringVar(&req.To, "to", "", "who is called")
+	cmd.Flags().StringVar(&req.Port, "port", "", "name or number (default: every declared port)")
+	cmd.Flags().StringVar(&req.DecisionId, "decision", "", "decision `id` of a flow record")
+	return cmd
+}
+
+func printExplanation(w io.Writer, e *sallyportv1.Explanation) {
+	fmt.Fprintf(w, "%s  %s → %s:%s\n", strings.ToUpper(e.GetVerdict()), e.GetFrom(), e.GetTo(), e.GetPort())
+	line := func(label, format string, args ...any) {
+		fmt.Fprintf(w, "  %-15s %s\n", label, fmt.Sprintf(format, args...))
+	}
+	if e.GetRule() != "" {
+		line("decided by", "%s (%s)", e.GetRule(), e.GetLocation())
+	} else {
+		line("decided by", "no rule allows it, and what no rule allows is denied")
+	}
+	if e.GetReason() != "" {
+		line("reason", "%s", e.GetReason())
+	}
+	if e.GetNearest() != "" {
+		line("nearest rule", "%s (%s)", e.GetNearest(), e.GetNearestLocation())
+		line("what it misses", "%s", e.GetMissed())
+	}
+	if e.GetNote() != "" {
+		line("note", "%s", e.GetNote())
+	}
+}
+
+func (c *cli) audit() *cobra.Command {
+	var limit uint32
+	cmd := &cobra.Command{
+		Use: "audit", Short: "Who changed what and when, newest first", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.admin(cmd.Context(), func(ctx context.Context, a sallyportv1.AdminClient) error {
+				resp, err := a.Audit(ctx, &sallyportv1.AuditRequest{Limit: limit})
+				if err != nil {
+					return err
+				}
+				return c.print(resp, func(w io.Writer) {
+					for _, r := range resp.GetRecords() {
+						fmt.Fprintf(w, "%s  %s %s: %s\n  by %s, %s\n", local(r.GetTime()), r.GetAction(), r.GetSubject(), r.GetResult(), r.GetActor(), r.GetOrigin())
+						if r.GetDetail() != "" {
+							fmt.Fprintf(w, "    %s\n", strings.ReplaceAll(strings.TrimSpace(r.GetDetail()), "\n", "\n    "))
+						}
+					}
+				})
+			})
+		},
+	}
+	cmd.Flags().Uint32Var(&limit, "limit", 0, "how many (default 50)")
+	return cmd
+}

@@ -1,0 +1,198 @@
+package controlplane
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strconv"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
+	"github.com/sallyport-mesh/sallyport/internal/audit"
+	"github.com/sallyport-mesh/sallyport/internal/catalog"
+	"github.com/sallyport-mesh/sallyport/internal/flow"
+	"github.com/sallyport-mesh/sallyport/internal/insight"
+	"github.com/sallyport-mesh/sallyport/internal/issuer/registry"
+	"github.com/sallyport-mesh/sallyport/internal/xds"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
+	"github.com/sallyport-mesh/sallyport/pkg/policy"
+)
+
+// adminServer is the operator's API. It changes nothing by itself: catalogue
+// and registry do, and write their own audit records.
+type adminServer struct {
+	sallyportv1.UnimplementedAdminServer
+	trustDomain spiffeid.TrustDomain
+	catalog     *catalog.Catalog
+	audit       *audit.Log
+	registry    *registry.Registry
+	xds         *xds.Server
+	flows       *insight.Collector
+	reconciler  *reconciler
+	status      *statusReporter
+}
+
+// CreateToken implements the RPC.
+func (a *adminServer) CreateToken(ctx context.Context, req *sallyportv1.CreateTokenRequest) (*sallyportv1.CreateTokenResponse, error) {
+	actor, origin := caller(ctx)
+	t, err := a.registry.CreateToken(ctx, req.GetWorkload(), req.GetTtl().AsDuration(), actor+", "+origin)
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	return &sallyportv1.CreateTokenResponse{Token: t.Token, Expires: timestamppb.New(t.Expires), SpiffeId: t.ID.String()}, nil
+}
+
+// Status implements the RPC.
+func (a *adminServer) Status(ctx context.Context, _ *sallyportv1.StatusRequest) (*sallyportv1.StatusResponse, error) {
+	return a.status.report(ctx)
+}
+
+// Explain implements the RPC.
+func (a *adminServer) Explain(_ context.Context, req *sallyportv1.ExplainRequest) (*sallyportv1.ExplainResponse, error) {
+	state := a.reconciler.current()
+	if state == nil {
+		return nil, errStarting()
+	}
+	if id := req.GetDecisionId(); id != "" {
+		f, ok := a.flows.Find(id)
+		if !ok {
+			return nil, status.Errorf(codes.NotFound, "no flow record with decision id %q is held", id)
+		}
+		e := explain(state.Rules, f.Request, f.PortName)
+		if e.GetVerdict() != f.Effect.String() {
+			e.Note = fmt.Sprintf("this is what revision %s says now; revision %s decided %s by %s", state.Rev, f.Revision, f.Effect, f.Rule)
+		}
+		return &sallyportv1.ExplainResponse{Explanations: []*sallyportv1.Explanation{e}}, nil
+	}
+	from, err := a.resolve(state.Rules, req.GetFrom())
+	if err != nil {
+		return nil, err
+	}
+	to, err := a.resolve(state.Rules, req.GetTo())
+	if err != nil {
+		return nil, err
+	}
+	ports, err := explainPorts(state.Rules, to, req.GetPort())
+	if err != nil {
+		return nil, err
+	}
+	resp := &sallyportv1.ExplainResponse{}
+	for _, p := range ports {
+		resp.Explanations = append(resp.Explanations, explain(state.Rules, policy.Request{Src: from, Dst: to, Port: p.Number}, p.Name))
+	}
+	return resp, nil
+}
+
+// resolve finds who is meant: a workload's name first, then any form of ID.
+func (a *adminServer) resolve(rules *policy.Ruleset, ref string) (spiffeid.ID, error) {
+	if w, ok := rules.WorkloadByName(ref); ok {
+		return w.ID, nil
+	}
+	id, err := identity.ParseRef(a.trustDomain, ref)
+	if err != nil {
+		return id, status.Errorf(codes.InvalidArgument, "%q: no workload has this name, and it is no ID: %v", ref, err)
+	}
+	return id, nil
+}
+
+func explainPorts(rules *policy.Ruleset, to spiffeid.ID, port string) ([]policy.Port, error) {
+	w, known := rules.Workload(to)
+	if !known {
+		return nil, status.Errorf(codes.NotFound, "%s is no workload of this mesh, so nothing can be allowed to it", to)
+	}
+	if port == "" {
+		if len(w.Ports) == 0 {
+			return nil, status.Errorf(codes.InvalidArgument, "%s declares no ports, so nobody can call it", w.Name)
+		}
+		return w.Ports, nil
+	}
+	i := slices.IndexFunc(w.Ports, func(p policy.Port) bool { return p.Name == port || strconv.Itoa(int(p.Number)) == port })
+	if i < 0 {
+		names := make([]string, len(w.Ports))
+		for i, p := range w.Ports {
+			names[i] = fmt.Sprintf("%s (%d)", p.Name, p.Number)
+		}
+		return nil, status.Errorf(codes.NotFound, "%s declares no port %s; it declares %v", w.Name, port, names)
+	}
+	return w.Ports[i : i+1], nil
+}
+
+func explain(rules *policy.Ruleset, q policy.Request, portName string) *sallyportv1.Explanation {
+	e := rules.Explain(q)
+	if portName == "" {
+		portName = strconv.Itoa(int(q.Port))
+	}
+	out := &sallyportv1.Explanation{
+		From: q.Src.String(), To: q.Dst.String(), Port: portName,
+		Verdict: e.Effect.String(), Reason: e.Reason, Missed: e.Missed, Note: e.Note,
+	}
+	if !e.Rule.IsZero() {
+		out.Rule, out.Location = ruleName(e.Rule), e.Rule.Location()
+	}
+	if !e.Nearest.IsZero() {
+		out.Nearest, out.NearestLocation = ruleName(e.Nearest), e.Nearest.Location()
+	}
+	return out
+}
+
+func ruleName(r policy.RuleRef) string {
+	if r.Set == "" {
+		return r.Policy
+	}
+	return r.Set + "/" + r.Policy
+}
+
+// Flows implements the RPC.
+func (a *adminServer) Flows(req *sallyportv1.FlowsRequest, stream sallyportv1.Admin_FlowsServer) error {
+	filter, err := a.filter(req)
+	if err != nil {
+		return err
+	}
+	err = a.flows.Flows(stream.Context(), filter, int(req.GetLimit()), req.GetFollow(), func(f flow.Flow, dropped uint64) error {
+		data, err := f.MarshalJSON()
+		if err != nil {
+			return status.Errorf(codes.Internal, "encoding a flow record: %v", err)
+		}
+		return stream.Send(&sallyportv1.FlowsResponse{Flow: data, Dropped: dropped})
+	})
+	if stream.Context().Err() != nil {
+		return status.FromContextError(stream.Context().Err()).Err()
+	}
+	return err
+}
+
+func (a *adminServer) filter(req *sallyportv1.FlowsRequest) (insight.Filter, error) {
+	var f insight.Filter
+	state := a.reconciler.current()
+	if state == nil {
+		return f, errStarting()
+	}
+	var err error
+	if req.GetFrom() != "" {
+		if f.Src, err = a.resolve(state.Rules, req.GetFrom()); err != nil {
+			return f, err
+		}
+	}
+	if req.GetTo() != "" {
+		if f.Dst, err = a.resolve(state.Rules, req.GetTo()); err != nil {
+			return f, err
+		}
+	}
+	switch v := req.GetVerdict(); v {
+	case "":
+	case policy.Allow.String(), policy.Deny.String():
+		effect := policy.Deny
+		if v == policy.Allow.String() {
+			effect = policy.Allow
+		}
+		f.Verdict = &effect
+	default:
+		return f, status.Errorf(codes.InvalidArgument, "verdict %q: want allow or deny", v)
+	}
+	return f, nil
+}

@@ -1,0 +1,167 @@
+package controlplane
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os/user"
+	"strconv"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+
+	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
+	"github.com/sallyport-mesh/sallyport/internal/peercred"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
+)
+
+// anonymousMethods are the RPCs that may be called without an SVID. Everything
+// else on the network port needs one: a method that is added later is closed
+// until it is listed here.
+func anonymousMethod(full string) bool {
+	return full == sallyportv1.Enrollment_Enroll_FullMethodName
+}
+
+// authenticate puts the caller that mTLS proved into the context. TLS has
+// verified the certificate already; this reads the result.
+func authenticate(ctx context.Context, method string) (context.Context, error) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return nil, status.Error(codes.Unauthenticated, "no transport information")
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok {
+		return nil, status.Error(codes.Unauthenticated, "TLS is required")
+	}
+	if len(info.State.PeerCertificates) == 0 {
+		if anonymousMethod(method) {
+			return ctx, nil
+		}
+		return nil, status.Errorf(codes.Unauthenticated, "%s needs an SVID; enrol first", method)
+	}
+	caller, err := identity.PeerOf(info.State)
+	if err != nil {
+		return nil, status.Errorf(codes.Unauthenticated, "reading the caller's identity: %v", err)
+	}
+	if time.Now().After(caller.Leaf.NotAfter) { // the connection may be older than that
+		return nil, errExpired()
+	}
+	if identity.Reserved(caller.ID) {
+		return nil, status.Errorf(codes.PermissionDenied, "%s is not a workload", caller.ID)
+	}
+	return identity.ContextWithPeer(ctx, caller), nil
+}
+
+func unaryAuth(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+	ctx, err := authenticate(ctx, info.FullMethod)
+	if err != nil {
+		return nil, err
+	}
+	return next(ctx, req)
+}
+
+// streamAuth ends a stream with the SVID that opened it, whatever its handler
+// waits for: a handler that is blocked in Recv is released by the stream's end.
+func streamAuth(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+	ctx, err := authenticate(ss.Context(), info.FullMethod)
+	if err != nil {
+		return err
+	}
+	stream := &authenticatedStream{ss, ctx}
+	caller, ok := identity.PeerFromContext(ctx)
+	if !ok {
+		return next(srv, stream)
+	}
+	expired := time.NewTimer(time.Until(caller.Leaf.NotAfter))
+	defer expired.Stop()
+	done := make(chan error, 1)
+	go func() { done <- next(srv, stream) }()
+	select {
+	case err := <-done:
+		return err
+	case <-expired.C:
+		return errExpired()
+	}
+}
+
+func errExpired() error {
+	return status.Error(codes.Unauthenticated, "the SVID of this connection has expired; reconnect with the new one")
+}
+
+type authenticatedStream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+// Context returns the stream's context with the caller in it.
+func (s *authenticatedStream) Context() context.Context { return s.ctx }
+
+func serverCredentials(cfg identity.TLSConfig) credentials.TransportCredentials {
+	cfg.OptionalClient = true
+	cfg.NextProtos = []string{"h2"}
+	return credentials.NewTLS(identity.ServerTLS(cfg))
+}
+
+// localCredentials identifies callers of the admin socket by SO_PEERCRED. The
+// socket's mode already keeps others out; this says who it was, for the audit.
+type localCredentials struct{}
+
+// operator is who is on the other end of the admin socket.
+type operator struct {
+	credentials.CommonAuthInfo
+	cred peercred.Cred
+}
+
+// AuthType implements credentials.AuthInfo.
+func (operator) AuthType() string { return "unix" }
+
+// ServerHandshake implements credentials.TransportCredentials.
+func (localCredentials) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return nil, nil, fmt.Errorf("admin API on %s: not a unix socket", c.LocalAddr().Network())
+	}
+	cred, err := peercred.Unix(u)
+	if err != nil {
+		return nil, nil, err
+	}
+	return c, operator{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, cred}, nil
+}
+
+// ClientHandshake implements credentials.TransportCredentials; servers only.
+func (localCredentials) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return nil, nil, fmt.Errorf("admin credentials serve servers only")
+}
+
+// Info implements credentials.TransportCredentials.
+func (localCredentials) Info() credentials.ProtocolInfo {
+	return credentials.ProtocolInfo{SecurityProtocol: "unix"}
+}
+
+// Clone implements credentials.TransportCredentials.
+func (c localCredentials) Clone() credentials.TransportCredentials { return c }
+
+// OverrideServerName implements credentials.TransportCredentials.
+func (localCredentials) OverrideServerName(string) error { return nil }
+
+// caller names the operator for audit records: who, and from where.
+func caller(ctx context.Context) (actor, origin string) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return "unknown", "unknown"
+	}
+	op, ok := p.AuthInfo.(operator)
+	if !ok {
+		return "unknown", p.Addr.String()
+	}
+	uid := strconv.FormatUint(uint64(op.cred.UID), 10)
+	actor = "uid " + uid
+	if u, err := user.LookupId(uid); err == nil {
+		actor = u.Username + " (uid " + uid + ")"
+	}
+	return actor, fmt.Sprintf("admin socket, pid %d", op.cred.PID)
+}

@@ -1,0 +1,247 @@
+// Package controlplane is the control plane put together: it opens the store,
+// runs issuer, catalogue and xDS server, reconciles them into one view per
+// node, and serves Announce and the operator's API.
+//
+// It is composition. How SVIDs are issued, sets applied or resources pushed is
+// told in the packages that it wires; the only state it owns itself is which
+// endpoints are published.
+package controlplane
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+
+	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/service/accesslog/v3"
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"github.com/hashicorp/go-hclog"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+
+	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
+	"github.com/sallyport-mesh/sallyport/internal/admin"
+	"github.com/sallyport-mesh/sallyport/internal/audit"
+	"github.com/sallyport-mesh/sallyport/internal/catalog"
+	"github.com/sallyport-mesh/sallyport/internal/insight"
+	"github.com/sallyport-mesh/sallyport/internal/issuer"
+	"github.com/sallyport-mesh/sallyport/internal/issuer/ca"
+	"github.com/sallyport-mesh/sallyport/internal/issuer/registry"
+	"github.com/sallyport-mesh/sallyport/internal/store"
+	"github.com/sallyport-mesh/sallyport/internal/store/etcd"
+	"github.com/sallyport-mesh/sallyport/internal/xds"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
+	"github.com/sallyport-mesh/sallyport/pkg/policy"
+)
+
+// Options is what a program or a test gives besides the configuration.
+type Options struct {
+	Log     hclog.Logger
+	Now     func() time.Time
+	Version string
+	// Store replaces the one that the configuration names; it is closed by Run.
+	Store store.Store
+}
+
+// ControlPlane is one replica. New opens everything that can be refused, so
+// that Run only serves.
+type ControlPlane struct {
+	cfg  Config
+	opts Options
+	log  hclog.Logger
+
+	store      store.Store
+	ca         *ca.CA
+	audit      *audit.Log
+	registry   *registry.Registry
+	catalog    *catalog.Catalog
+	xds        *xds.Server
+	flows      *insight.Collector
+	endpoints  *endpoints
+	announcer  *announcer
+	reconciler *reconciler
+	health     *admin.Health
+	metrics    *prometheus.Registry
+	passed     atomic.Bool // readiness was reached once
+
+	grpcListener, metricsListener, adminListener net.Listener
+}
+
+// New opens state and listeners. cfg must be complete and valid (WithDefaults,
+// Validate).
+func New(ctx context.Context, cfg Config, opts Options) (_ *ControlPlane, err error) {
+	c := &ControlPlane{cfg: cfg, opts: opts, log: opts.Log, metrics: prometheus.NewRegistry()}
+	defer func() {
+		if err != nil {
+			c.close()
+		}
+	}()
+	if err := c.listen(ctx); err != nil {
+		return nil, err
+	}
+	if c.store, err = c.openStore(ctx); err != nil {
+		return nil, err
+	}
+	if err := c.openIssuer(ctx); err != nil {
+		return nil, err
+	}
+	c.build()
+	return c, nil
+}
+
+// listen comes first: a port in use is found before anything is written.
+func (c *ControlPlane) listen(ctx context.Context) (err error) {
+	if err := os.MkdirAll(c.cfg.DataDir, 0o700); err != nil {
+		return fmt.Errorf("making dataDir: %w", err)
+	}
+	if c.grpcListener, err = admin.Listen(ctx, c.cfg.Listen.GRPC); err != nil {
+		return fmt.Errorf("listen.grpc: %w", err)
+	}
+	if c.metricsListener, err = admin.Listen(ctx, c.cfg.Listen.Metrics); err != nil {
+		return fmt.Errorf("listen.metrics: %w", err)
+	}
+	if err := os.MkdirAll(filepath.Dir(c.cfg.AdminSocket), 0o700); err != nil {
+		return fmt.Errorf("making the folder of adminSocket: %w", err)
+	}
+	if c.adminListener, err = admin.ListenUnix(ctx, c.cfg.AdminSocket); err != nil {
+		return fmt.Errorf("adminSocket: %w", err)
+	}
+	return nil
+}
+
+func (c *ControlPlane) openStore(ctx context.Context) (store.Store, error) {
+	if c.opts.Store != nil {
+		return c.opts.Store, nil
+	}
+	if len(c.cfg.Etcd.Endpoints) == 0 {
+		return etcd.Embedded(ctx, etcd.EmbeddedConfig{Dir: filepath.Join(c.cfg.DataDir, "etcd"), Log: c.log.Named("etcd")})
+	}
+	tls, err := c.cfg.Etcd.tlsConfig()
+	if err != nil {
+		return nil, err
+	}
+	return etcd.Dial(ctx, etcd.Config{Endpoints: c.cfg.Etcd.Endpoints, TLS: tls, Prefix: c.cfg.Etcd.Prefix, Log: c.log.Named("etcd")})
+}
+
+func (c *ControlPlane) openIssuer(ctx context.Context) (err error) {
+	var td spiffeid.TrustDomain // zero: the one that the data has
+	if c.cfg.TrustDomain != "" {
+		if td, err = spiffeid.TrustDomainFromString(c.cfg.TrustDomain); err != nil {
+			return fmt.Errorf("trustDomain %q: %w", c.cfg.TrustDomain, err)
+		}
+	}
+	c.ca, err = ca.Open(ctx, ca.Config{
+		TrustDomain: td, KeyDir: filepath.Join(c.cfg.DataDir, "keys"), Store: c.store,
+		RootTTL: c.cfg.CA.RootTTL, IntermediateTTL: c.cfg.CA.IntermediateTTL, SVIDTTL: c.cfg.CA.SVIDTTL,
+		Now: c.opts.Now, Log: c.log,
+	})
+	return err
+}
+
+func (c *ControlPlane) build() {
+	td, now := c.ca.TrustDomain(), c.opts.Now
+	c.metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	c.health = admin.NewHealth(now, componentPolicy, componentXDS)
+	c.audit = audit.New(c.store, now)
+	c.registry = registry.New(registry.Config{Store: c.store, Audit: c.audit, RootHash: c.ca.RootHash, Now: now, Log: c.log})
+	c.catalog = catalog.New(catalog.Config{Store: c.store, Audit: c.audit, TrustDomain: td, Now: now, Log: c.log.Named("catalog")})
+	c.flows = insight.New(insight.Config{Registry: c.metrics, Log: c.log.Named("flows")})
+	c.xds = xds.NewServer(xds.ServerConfig{Log: c.log.Named("xds"), Now: now, Authorize: c.authorize})
+	c.reconciler = newReconciler(td, c.publish, c.registry.SetWorkloads, c.log.Named("reconcile"))
+	c.endpoints = &endpoints{store: c.store, log: c.log.Named("endpoints")}
+	c.announcer = &announcer{
+		endpoints: c.endpoints, ranges: c.cfg.Announce.Ranges, ports: c.declaredPorts,
+		instance: c.instanceOf, log: c.log.Named("announce"), drain: make(chan struct{}),
+	}
+	c.registerMetrics()
+}
+
+// authorize admits the sidecars of workloads that exist.
+func (c *ControlPlane) authorize(p identity.Peer) error {
+	if _, ok := c.declaredPorts(p.ID); !ok {
+		return fmt.Errorf("no Workload has the ID %s", p.ID)
+	}
+	return nil
+}
+
+func (c *ControlPlane) declaredPorts(id spiffeid.ID) ([]policy.Port, bool) {
+	state := c.reconciler.current()
+	if state == nil {
+		return nil, false
+	}
+	w, ok := state.Rules.Workload(id)
+	return w.Ports, ok
+}
+
+// instanceOf reads the instance out of the caller's certificate and checks that
+// it still is one.
+func (c *ControlPlane) instanceOf(ctx context.Context, p identity.Peer) (string, error) {
+	name := ca.Instance(p.Leaf)
+	return name, c.registry.Entitled(ctx, p.ID, name)
+}
+
+// publish hands a snapshot to the sidecars and cuts those whose workload is gone.
+func (c *ControlPlane) publish(s *xds.Snapshot) {
+	c.xds.SetSnapshot(s)
+	for _, n := range c.xds.Nodes() {
+		if _, ok := s.Services[n.ID]; !ok {
+			c.log.Info("closing the streams of a workload that is no more", "id", n.ID)
+			c.xds.Disconnect(n.ID)
+		}
+	}
+	c.health.Set(componentXDS, admin.OK, "")
+}
+
+func (c *ControlPlane) grpcServer() *grpc.Server {
+	s := grpc.NewServer(append(networkServerOptions(),
+		grpc.Creds(serverCredentials(identity.TLSConfig{Source: c.ca.ServerSVID(), Now: c.opts.Now})),
+		grpc.ChainUnaryInterceptor(unaryAuth), grpc.ChainStreamInterceptor(streamAuth))...)
+	sallyportv1.RegisterEnrollmentServer(s, issuer.New(issuer.Config{CA: c.ca, Registry: c.registry, Audit: c.audit, Now: c.opts.Now, Log: c.log.Named("issuer")}))
+	sallyportv1.RegisterAnnouncerServer(s, c.announcer)
+	discoveryv3.RegisterAggregatedDiscoveryServiceServer(s, c.xds)
+	accesslogv3.RegisterAccessLogServiceServer(s, c.flows)
+	return s
+}
+
+func (c *ControlPlane) adminServer() *grpc.Server {
+	source := "sallyport apply"
+	if c.cfg.PolicyDir != "" {
+		source = "watched folder " + c.cfg.PolicyDir
+	}
+	s := grpc.NewServer(grpc.Creds(localCredentials{}), grpc.MaxRecvMsgSize(maxAdminMessage), grpc.MaxSendMsgSize(maxAdminMessage))
+	sallyportv1.RegisterAdminServer(s, &adminServer{
+		trustDomain: c.ca.TrustDomain(), catalog: c.catalog, audit: c.audit, registry: c.registry,
+		xds: c.xds, flows: c.flows, reconciler: c.reconciler,
+		status: &statusReporter{
+			version: c.opts.Version, source: source, started: c.opts.Now(), problem: c.catalog.Problem,
+			authorities: c.authorities, registry: c.registry, xds: c.xds, reconciler: c.reconciler,
+		},
+	})
+	return s
+}
+
+func (c *ControlPlane) close() error {
+	var errs []error
+	for _, l := range []net.Listener{c.grpcListener, c.metricsListener, c.adminListener} {
+		if l != nil {
+			if err := l.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+				errs = append(errs, err)
+			}
+		}
+	}
+	if c.store != nil {
+		errs = append(errs, c.store.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Addrs are the addresses in use, for tests that listen on port 0.
+func (c *ControlPlane) Addrs() (grpc, metrics, adminSocket string) {
+	return c.grpcListener.Addr().String(), c.metricsListener.Addr().String(), c.cfg.AdminSocket
+}

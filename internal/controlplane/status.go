@@ -1,0 +1,105 @@
+package controlplane
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
+	"github.com/sallyport-mesh/sallyport/internal/issuer/registry"
+	"github.com/sallyport-mesh/sallyport/internal/xds"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
+	"github.com/sallyport-mesh/sallyport/pkg/policy"
+)
+
+// statusReporter answers "is the mesh well, and if not, what to do".
+type statusReporter struct {
+	version     string
+	source      string // where policy comes from
+	started     time.Time
+	problem     func() string // the watched directory's
+	authorities func() []*sallyportv1.Authority
+	registry    *registry.Registry
+	xds         *xds.Server
+	reconciler  *reconciler
+}
+
+func (s *statusReporter) report(ctx context.Context) (*sallyportv1.StatusResponse, error) {
+	state := s.reconciler.current()
+	if state == nil {
+		return nil, errStarting()
+	}
+	instances, err := s.registry.Instances(ctx)
+	if err != nil {
+		return nil, status.Errorf(codes.Unavailable, "reading instances: %v", err)
+	}
+	resp := &sallyportv1.StatusResponse{
+		TrustDomain: s.reconciler.trustDomain.Name(), Revision: state.Rev.String(), Version: s.version,
+		Started: timestamppb.New(s.started), PolicySource: s.source, Authorities: s.authorities(),
+	}
+	if p := s.problem(); p != "" {
+		resp.Problems = append(resp.Problems, "the policy folder is not in force as it stands; the last good files are:\n"+p)
+	}
+	if state.Rev.N == 0 {
+		resp.Problems = append(resp.Problems, "no policy was ever applied, so nobody can enrol: sallyport apply DIR")
+	}
+	nodes := map[string]xds.NodeStatus{} // :: instance → stream
+	for _, n := range s.xds.Nodes() {
+		nodes[n.Instance] = n
+	}
+	byID := map[spiffeid.ID][]registry.Instance{} // :: workload → instances
+	for _, i := range instances {
+		byID[i.ID] = append(byID[i.ID], i)
+	}
+	endpoints := s.reconciler.currentEndpoints()
+	for _, w := range state.Rules.Workloads() {
+		ws := &sallyportv1.WorkloadStatus{Name: w.Name, Set: w.Set, SpiffeId: w.ID.String()}
+		ws.MeshName, _ = identity.MeshName(w.ID)
+		for _, i := range byID[w.ID] {
+			ws.Instances = append(ws.Instances, instanceStatus(i, nodes, endpoints[w.ID]))
+		}
+		resp.Workloads = append(resp.Workloads, ws)
+		resp.Problems = append(resp.Problems, s.problems(w, ws, state.Rev.String())...)
+	}
+	return resp, nil
+}
+
+func instanceStatus(i registry.Instance, nodes map[string]xds.NodeStatus, eps []xds.Endpoint) *sallyportv1.InstanceStatus {
+	out := &sallyportv1.InstanceStatus{Instance: i.Name}
+	if n, ok := nodes[i.Name]; ok {
+		out.SvidExpires = timestamppb.New(n.SVIDExpires)
+		out.Connected, out.Acked, out.Nack = true, n.Acked.String(), n.Nack
+	}
+	for _, ep := range eps {
+		if ep.Instance == i.Name {
+			out.Endpoint = ep.Addr.String()
+		}
+	}
+	return out
+}
+
+// problems says what is wrong with one workload, each with what to do.
+func (s *statusReporter) problems(w policy.CompiledWorkload, ws *sallyportv1.WorkloadStatus, rev string) []string {
+	var out []string
+	connected := 0
+	for _, i := range ws.GetInstances() {
+		if i.GetConnected() {
+			connected++
+		}
+		switch {
+		case i.GetNack() != "":
+			out = append(out, fmt.Sprintf("%s (%s) refuses revision %s and keeps the last good one: %s", w.Name, i.GetInstance(), rev, i.GetNack()))
+		case i.GetConnected() && len(w.Ports) > 0 && i.GetEndpoint() == "":
+			out = append(out, fmt.Sprintf("%s (%s) is connected but has announced no endpoint: look at its sidecar's /healthz", w.Name, i.GetInstance()))
+		}
+	}
+	if n := len(ws.GetInstances()); n > 0 && connected == 0 && len(w.Ports) > 0 {
+		out = append(out, fmt.Sprintf("%s: none of its %d instances is connected: start its sidecar, or look at the sidecar's log", w.Name, n))
+	}
+	return out
+}
