@@ -1,0 +1,63 @@
+# Sallyport. `make` without a target lists what there is to make.
+SHELL       := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# Go fetches the version that go.mod asks for.
+export GOTOOLCHAIN := auto
+GO_VERSION  := $(shell sed -n 's/^go //p' go.mod)
+VERSION     := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
+FUZZTIME    ?= 10s
+
+# The race detector needs a C compiler.
+CC_FOUND    := $(shell command -v "$$(go env CC)" 2>/dev/null)
+RACE        := $(if $(CC_FOUND),-race)
+
+# name → package of every program
+PROGRAMS := sallyport-controlplane=./cmd/controlplane sallyport-proxy=./cmd/proxy sallyport=./cmd/sallyport shop=./examples/shop
+
+.PHONY: help build demo test smoke e2e lint vuln fuzz clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+build: ## build the programs into bin/: static, stripped, version stamped
+	@mkdir -p bin
+	@for p in $(PROGRAMS); do \
+	  CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o "bin/$${p%%=*}" "$${p#*=}"; \
+	done
+
+demo: build ## run the example shop until Ctrl-C
+	@exec bin/sallyport up examples/shop
+
+test: ## run every test that needs no root and no installed server
+	@$(if $(CC_FOUND),,echo "no C compiler found: testing without the race detector")
+	@$(if $(CC_FOUND),CGO_ENABLED=1) go test $(RACE) ./...
+
+smoke: build ## run the demo's story and check it
+	@go test -tags smoke -count=1 ./test/smoke/...
+
+e2e: build ## run the programs through faults: kills, rotations, images, units
+	@go test -tags e2e -count=1 ./test/e2e/...
+
+lint: ## check format, vet, staticcheck and the import rows
+	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "not formatted:"; echo "$$unformatted"; exit 1; }
+	@go vet ./...
+	@go vet -tags smoke,e2e ./test/...
+	@GOTOOLCHAIN=go$(GO_VERSION)+auto go run $(STATICCHECK) -tags smoke,e2e ./...
+	@go test -count=1 ./internal/arch
+
+vuln: ## look for known vulnerabilities (needs the public database)
+	@GOTOOLCHAIN=go$(GO_VERSION)+auto go run $(GOVULNCHECK) ./...
+
+fuzz: ## run each fuzz target for FUZZTIME
+	@go test -list '^Fuzz' ./... \
+	  | awk '/^Fuzz/ {name[n++] = $$1} /^ok/ {for (i = 0; i < n; i++) print $$2, name[i]; n = 0}' \
+	  | while read -r pkg name; do \
+	      go test "$$pkg" -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME); \
+	    done
+
+clean: ## remove what was built and the demo's state
+	@rm -rf bin examples/shop/.sallyport
