@@ -25,6 +25,7 @@ func TestStories(t *testing.T) {
 		Setup: func(env *testscript.Env) error {
 			m := meshtest.New(t, meshtest.Config{})
 			env.Setenv("SALLYPORT_ADMIN_SOCKET", m.Socket)
+			env.Setenv("GORACE", "atexit_sleep_ms=0") // each command is a process of its own
 			// Answered: the control plane serves.
 			_, err := m.Admin.History(context.Background(), &sallyportv1.HistoryRequest{})
 			return err

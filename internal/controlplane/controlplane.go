@@ -154,7 +154,7 @@ func (c *ControlPlane) build() {
 	c.flows = insight.New(insight.Config{Registry: c.metrics, Log: c.log.Named("flows")})
 	c.xds = xds.NewServer(xds.ServerConfig{Log: c.log.Named("xds"), Now: now, Authorize: c.authorize})
 	c.reconciler = newReconciler(td, c.publish, c.registry.SetWorkloads, c.log.Named("reconcile"))
-	c.endpoints = &endpoints{store: c.store, log: c.log.Named("endpoints")}
+	c.endpoints = &endpoints{store: c.store, log: c.log.Named("endpoints"), renew: leaseRenew}
 	c.announcer = &announcer{
 		endpoints: c.endpoints, ranges: c.cfg.Announce.Ranges, ports: c.declaredPorts,
 		instance: c.instanceOf, log: c.log.Named("announce"), drain: make(chan struct{}),

@@ -31,6 +31,7 @@ const (
 type endpoints struct {
 	store store.Store
 	log   hclog.Logger
+	renew time.Duration // between two renewals of the lease
 
 	mu    sync.Mutex
 	lease store.LeaseID // guarded by mu; zero until the first grant
@@ -106,7 +107,7 @@ func (e *endpoints) currentLease(ctx context.Context) (store.LeaseID, error) {
 // keepLease renews the lease until ctx ends. onLost is called when the lease
 // had ended, with everything published under it: sidecars must announce again.
 func (e *endpoints) keepLease(ctx context.Context, onLost func()) error {
-	tick := time.NewTicker(leaseRenew)
+	tick := time.NewTicker(e.renew)
 	defer tick.Stop()
 	for {
 		select {

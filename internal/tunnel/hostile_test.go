@@ -689,13 +689,15 @@ func TestUnprocessed(t *testing.T) {
 
 // A complete answer followed by a reset is a complete answer.
 func TestResetAfterEnd(t *testing.T) {
-	_, err := hostileServer(t, func(r *raw) {
-		r.WriteSettings()
-		r.headers(1, false, ":status", "200")
-		r.WriteData(1, true, []byte("all"))
-		r.WriteRSTStream(1, http2.ErrCodeNo)
-	})
-	if err != nil {
-		t.Errorf("reading a complete answer: %v", err)
+	a, b := loopback(t)
+	c := answered(t, a, b)
+	r := newRaw(t, b)
+	r.WriteData(1, true, []byte("all"))
+	r.WriteRSTStream(1, http2.ErrCodeNo)
+	b.(*net.TCPConn).CloseWrite()
+	gone(t, c.s) // so the reset has come before anybody reads
+	readAll(t, c, "all")
+	if _, err := c.Write([]byte("x")); !errors.Is(err, ErrReset) {
+		t.Errorf("Write: %v, want ErrReset", err)
 	}
 }

@@ -186,18 +186,9 @@ func TestUpKilledLeavesNothing(t *testing.T) {
 		}
 		return nil
 	})
-	var pids []int
-	for _, e := range must(os.ReadDir("/proc"))(t) {
-		var pid int
-		if _, err := fmt.Sscan(e.Name(), &pid); err != nil || pid == up.PID() {
-			continue
-		}
-		if cmd, err := os.ReadFile("/proc/" + e.Name() + "/cmdline"); err == nil && strings.Contains(string(cmd), dir) {
-			pids = append(pids, pid)
-		}
-	}
-	if len(pids) < 6 {
-		t.Errorf("%d processes name %s, want at least the control plane and five sidecars", len(pids), dir)
+	pids := up.Children(t)
+	if len(pids) < 11 {
+		t.Errorf("up has %d children, want a control plane, five sidecars and five apps", len(pids))
 	}
 	up.Kill()
 	realmesh.Eventually(t, "every process gone", func() error {
@@ -208,12 +199,4 @@ func TestUpKilledLeavesNothing(t *testing.T) {
 		}
 		return nil
 	})
-}
-
-func must[T any](v T, err error) func(*testing.T) T {
-	return func(t *testing.T) T {
-		t.Helper()
-		require.NoError(t, err)
-		return v
-	}
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -137,6 +138,51 @@ func (p *Proc) Wait(t testing.TB) int {
 		t.Fatalf("%s did not end within %v", p.Name, Deadline)
 	}
 	return p.Cmd.ProcessState.ExitCode()
+}
+
+// CPU is how long the process has run on a processor so far, all threads
+// together (the first field of schedstat, proc(5)). Ended threads do not count.
+func (p *Proc) CPU(t testing.TB) time.Duration {
+	t.Helper()
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", p.PID()))
+	require.NoError(t, err)
+	var sum time.Duration
+	for _, task := range tasks {
+		data, err := os.ReadFile(task)
+		if err != nil {
+			continue // the thread has ended
+		}
+		var ns int64
+		if _, err := fmt.Sscan(string(data), &ns); err != nil {
+			t.Fatalf("reading %s: %v", task, err)
+		}
+		sum += time.Duration(ns)
+	}
+	return sum
+}
+
+// Children are the processes that this one has started and not waited for.
+func (p *Proc) Children(t testing.TB) []int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc")
+	require.NoError(t, err)
+	var pids []int
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if err != nil {
+			continue // it has ended
+		}
+		// pid (comm) state ppid …; comm may hold spaces and parentheses.
+		rest := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
+		if ppid, err := strconv.Atoi(rest[1]); err == nil && ppid == p.PID() {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
 }
 
 // Run runs a program to its end and returns what it printed and its exit code.

@@ -360,7 +360,7 @@ func (s *shop) controlPlane() {
 // child finds a process that `up` started.
 func (s *shop) child(program string) int {
 	s.Helper()
-	for _, pid := range s.children() {
+	for _, pid := range s.up.Children(s.T) {
 		if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid)); err == nil && filepath.Base(exe) == program {
 			return pid
 		}
@@ -369,31 +369,8 @@ func (s *shop) child(program string) int {
 	return 0
 }
 
-func (s *shop) children() []int {
-	s.Helper()
-	entries, err := os.ReadDir("/proc")
-	require.NoError(s, err)
-	var pids []int
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil {
-			continue
-		}
-		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		if err != nil {
-			continue // it has ended
-		}
-		// pid (comm) state ppid …; comm may hold spaces and parentheses.
-		rest := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
-		if ppid, err := strconv.Atoi(rest[1]); err == nil && ppid == s.up.PID() {
-			pids = append(pids, pid)
-		}
-	}
-	return pids
-}
-
 func (s *shop) end() {
-	pids := s.children()
+	pids := s.up.Children(s.T)
 	if len(pids) < 10 {
 		s.Errorf("up has %d children, want at least 10: five sidecars and five apps", len(pids))
 	}
