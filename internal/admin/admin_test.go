@@ -154,6 +154,33 @@ func TestListenInUse(t *testing.T) {
 	}
 }
 
+func TestConnectionsAreBounded(t *testing.T) {
+	ln := listen(t)
+	start(t, ln, http.NotFoundHandler())
+	dial := func() net.Conn {
+		conn, err := net.Dial("tcp", ln.Addr().String())
+		require.NoError(t, err)
+		t.Cleanup(func() { _ = conn.Close() })
+		return conn
+	}
+	first := dial()
+	for range maxConns - 1 {
+		dial()
+	}
+	last := dial()
+	_, err := io.WriteString(last, "GET / HTTP/1.1\r\nHost: sidecar\r\n\r\n")
+	require.NoError(t, err)
+	require.NoError(t, last.SetReadDeadline(time.Now().Add(200*time.Millisecond)))
+	if n, err := last.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("connection %d is served: %d, %v", maxConns+1, n, err)
+	}
+	require.NoError(t, first.Close())
+	require.NoError(t, last.SetReadDeadline(time.Now().Add(5*time.Second)))
+	if _, err := last.Read(make([]byte, 1)); err != nil {
+		t.Errorf("it is not served when another one has gone: %v", err)
+	}
+}
+
 func TestMetrics(t *testing.T) {
 	reg := prometheus.NewRegistry()
 	now := time.Now()
@@ -171,11 +198,13 @@ func TestMetrics(t *testing.T) {
 	})
 	m.Record(flow.Flow{Side: flow.Inbound, Outcome: flow.Refused, Sent: 10, Received: 20})
 	m.Record(flow.Flow{Side: flow.Outbound, Outcome: flow.Closed, Sent: 1, Decision: policy.Decision{Effect: policy.Allow}})
+	m.Record(flow.Flow{Side: flow.Outbound, Outcome: flow.Failed})
 	_, body := start(t, listen(t), Handler(h, func() error { return nil }, reg))("/metrics")
 	for _, want := range []string{
 		`sallyport_build_info{version="1.2.3"} 1`,
 		`sallyport_connections_total{outcome="refused",side="inbound",verdict="deny"} 1`,
 		`sallyport_connections_total{outcome="closed",side="outbound",verdict="allow"} 1`,
+		`sallyport_connections_total{outcome="failed",side="outbound",verdict="none"} 1`,
 		`sallyport_bytes_total{direction="sent",side="inbound"} 10`,
 		`sallyport_bytes_total{direction="received",side="inbound"} 20`,
 		`sallyport_connection_duration_seconds_count{side="inbound"} 1`,

@@ -12,6 +12,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/net/netutil"
 )
 
 // Handler serves /healthz, /readyz and /metrics. /healthz answers 503 while a
@@ -71,6 +72,10 @@ func writeJSON(w http.ResponseWriter, code int, v any) {
 	_, _ = w.Write(append(b, '\n')) // whoever asked has gone: nothing to do
 }
 
+// maxConns bounds the connections that a listener serves at a time; more wait
+// in the kernel. A scraper and the probes need a handful.
+const maxConns = 256
+
 // Serve answers HTTP on ln until ctx ends, then lets requests finish for a
 // second. It closes ln. The error is nil when ctx ended it.
 func Serve(ctx context.Context, ln net.Listener, h http.Handler) error {
@@ -83,7 +88,7 @@ func Serve(ctx context.Context, ln net.Listener, h http.Handler) error {
 		MaxHeaderBytes:    16 << 10,
 	}
 	done := make(chan error, 1)
-	go func() { done <- srv.Serve(ln) }()
+	go func() { done <- srv.Serve(netutil.LimitListener(ln, maxConns)) }()
 	select {
 	case err := <-done:
 		return fmt.Errorf("serving %s: %w", ln.Addr(), err)

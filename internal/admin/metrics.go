@@ -59,7 +59,7 @@ func NewMetrics(reg prometheus.Registerer, version string, src Sources) *Metrics
 // Record implements [flow.Sink].
 func (m *Metrics) Record(f flow.Flow) {
 	side := string(f.Side)
-	m.connections.WithLabelValues(side, f.Effect.String(), string(f.Outcome)).Inc()
+	m.connections.WithLabelValues(side, f.Verdict(), string(f.Outcome)).Inc()
 	m.bytes.WithLabelValues(side, "sent").Add(float64(f.Sent))
 	m.bytes.WithLabelValues(side, "received").Add(float64(f.Received))
 	m.seconds.WithLabelValues(side).Observe(f.Duration.Seconds())

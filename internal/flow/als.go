@@ -37,16 +37,17 @@ func ToALS(f Flow) *alsdata.TCPAccessLogEntry {
 	if f.Side == Inbound {
 		local, peer = f.Dst, f.Src
 	}
+	w := wireOf(f)
 	tags := map[string]string{
-		tagSide: string(f.Side), tagPort: strconv.Itoa(int(f.Port)),
-		tagVerdict: f.Effect.String(), tagWould: f.Would.String(), tagOutcome: string(f.Outcome),
+		tagSide: string(w.Side), tagPort: strconv.Itoa(int(w.Port)),
+		tagVerdict: w.Verdict, tagWould: w.Would, tagOutcome: string(w.Outcome),
 	}
 	for k, v := range map[string]string{
-		tagPortName: f.PortName, tagRule: ruleName(f.Rule), tagLocation: f.Rule.Location(),
-		tagReason: f.Reason, tagError: f.Error, tagRevision: f.Revision, tagInstance: f.Instance,
+		tagPortName: w.PortName, tagRule: w.Rule, tagLocation: w.Location,
+		tagReason: w.Reason, tagError: w.Error, tagRevision: w.Revision, tagInstance: w.Instance,
 	} {
 		if v != "" {
-			tags[k] = clean(v, limitOf(k))
+			tags[k] = v
 		}
 	}
 	return &alsdata.TCPAccessLogEntry{
@@ -58,7 +59,7 @@ func ToALS(f Flow) *alsdata.TCPAccessLogEntry {
 			},
 			StartTime:  timestamppb.New(f.Start),
 			Duration:   durationpb.New(max(f.Duration, 0)),
-			StreamId:   f.ID,
+			StreamId:   w.ID,
 			CustomTags: tags,
 		},
 		ConnectionProperties: &alsdata.ConnectionProperties{
@@ -73,11 +74,6 @@ func ToALS(f Flow) *alsdata.TCPAccessLogEntry {
 func FromALS(e *alsdata.TCPAccessLogEntry) (Flow, error) {
 	c := e.GetCommonProperties()
 	tags := c.GetCustomTags()
-	for k, v := range tags {
-		if !isClean(v, limitOf(k)) {
-			return Flow{}, fmt.Errorf("access-log entry: tag %q is too long or not printable", Text(k))
-		}
-	}
 	w := wire{
 		ID: c.GetStreamId(), Side: Side(tags[tagSide]), PortName: tags[tagPortName],
 		Verdict: tags[tagVerdict], Would: tags[tagWould], Rule: tags[tagRule],
@@ -92,7 +88,7 @@ func FromALS(e *alsdata.TCPAccessLogEntry) (Flow, error) {
 	case Outbound:
 		w.Src, w.Dst = local, peer
 	default:
-		return Flow{}, fmt.Errorf("access-log entry: side %q", w.Side)
+		return Flow{}, fmt.Errorf("access-log entry: side %q", quote(string(w.Side)))
 	}
 	if err := w.setNumbers(e); err != nil {
 		return Flow{}, fmt.Errorf("access-log entry: %w", err)
@@ -108,14 +104,15 @@ func FromALS(e *alsdata.TCPAccessLogEntry) (Flow, error) {
 func (w *wire) setNumbers(e *alsdata.TCPAccessLogEntry) error {
 	c, n := e.GetCommonProperties(), e.GetConnectionProperties()
 	if !ValidID(w.ID) {
-		return fmt.Errorf("decision id %q: want 16 hex digits", Text(w.ID))
+		return fmt.Errorf("decision id %q: want 16 hex digits", quote(w.ID))
 	}
 	if !validOutcome(w.Outcome) {
-		return fmt.Errorf("outcome %q", w.Outcome)
+		return fmt.Errorf("outcome %q", quote(string(w.Outcome)))
 	}
-	port, err := strconv.ParseUint(c.GetCustomTags()[tagPort], 10, 16)
+	tag := c.GetCustomTags()[tagPort]
+	port, err := strconv.ParseUint(tag, 10, 16)
 	if err != nil {
-		return fmt.Errorf("port: %w", err)
+		return fmt.Errorf("port %q: not a number up to 65535", quote(tag))
 	}
 	if err := c.GetStartTime().CheckValid(); err != nil {
 		return fmt.Errorf("start time: %w", err)
@@ -130,14 +127,6 @@ func (w *wire) setNumbers(e *alsdata.TCPAccessLogEntry) error {
 	w.Sent, w.Received = int64(n.GetReceivedBytes()), int64(n.GetSentBytes())
 	w.DurationMS = json.Number(formatMillis(c.GetDuration().AsDuration()))
 	return nil
-}
-
-// limitOf bounds a tag's value, in bytes.
-func limitOf(tag string) int {
-	if tag == tagRule || tag == tagLocation {
-		return maxName
-	}
-	return MaxText
 }
 
 func validOutcome(o Outcome) bool {

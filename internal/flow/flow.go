@@ -36,12 +36,16 @@ const (
 	Drained Outcome = "drained" // ended by the sidecar's own shutdown
 )
 
-// MaxText bounds each free text of a record (Error, Reason), in bytes. [ToALS]
-// shortens longer ones, [FromALS] refuses them.
+// MaxText bounds each free text of a record (Error, Reason), in bytes. Longer
+// texts are shortened where a record is written and refused where it is read.
 const MaxText = 256
 
-// maxName bounds a rule's name and location: two file names and a line.
-const maxName = 1024
+// Limits of the other texts, in bytes. A SPIFFE ID's is identity.MaxIDLength.
+const (
+	maxToken    = 64  // ID, Revision, Instance, and the words Side and Outcome
+	maxName     = 253 // a port's or a rule's name
+	maxLocation = 512 // a set's folder, a file's name and a line
+)
 
 // Flow describes one connection, complete when it has ended. It embeds the very
 // request that was decided, so that a recorded flow can be decided again.
@@ -61,6 +65,19 @@ type Flow struct {
 	Revision string // policy revision that decided
 	Sent     int64  // bytes to the destination app
 	Received int64  // bytes from the destination app
+}
+
+// none is the verdict of a connection about which nothing was decided.
+const none = "none"
+
+// Verdict gives "allow", "deny", or "none" for a connection that ended before
+// anything was decided: its Effect is Deny only because the zero Decision
+// denies. A denied connection is Refused or Cut, never Failed or Drained.
+func (f Flow) Verdict() string {
+	if f.Effect == policy.Deny && (f.Outcome == Failed || f.Outcome == Drained) {
+		return none
+	}
+	return f.Effect.String()
 }
 
 // Sink takes records. Record never blocks; what a sink cannot hold it drops and
@@ -85,10 +102,14 @@ func (t tee) Record(f Flow) {
 // what a peer sent.
 func Text(s string) string { return clean(s, MaxText) }
 
+// quote shortens what an error text quotes of a peer's input.
+func quote(s string) string { return clean(s, maxToken) }
+
 func clean(s string, limit int) string {
 	if isClean(s, limit) {
 		return s
 	}
+	s = s[:min(len(s), 4*limit)] // no rune is longer than four bytes
 	s = strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) {
 			return ' '

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"pgregory.net/rapid"
 
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
 
@@ -77,6 +79,68 @@ func TestJSONRefuses(t *testing.T) {
 	}
 }
 
+func TestNoTextIsUnbounded(t *testing.T) {
+	huge := strings.Repeat("a", 1<<16)
+	want := 0
+	for key, limit := range map[string]int{
+		"src": identity.MaxIDLength, "dst": identity.MaxIDLength, "reporter": identity.MaxIDLength,
+		"id": 64, "side": 64, "outcome": 64, "revision": 64, "instance": 64,
+		"port_name": 253, "rule": 253, "location": 512, "reason": 256, "error": 256,
+		"verdict": 5, "would": 5, "duration_ms": 20,
+	} {
+		for _, text := range []string{huge, "spiffe://shop.example/" + huge, "f\u009b2J:1"} {
+			var f Flow
+			err := json.Unmarshal(fmt.Appendf(nil, `{%q:"%s"}`, key, text), &f)
+			if err == nil || len(err.Error()) > 300 || strings.ContainsRune(err.Error(), '\u009b') {
+				t.Errorf("%s: got %.300v", key, err)
+			}
+		}
+		// The longest that is allowed, for those that are free texts.
+		if w := (wire{}); slices.ContainsFunc(w.texts(), func(b bounded) bool { return b.key == key && b.limit == limit }) {
+			want++
+		}
+	}
+	if w := (wire{}); want != len(w.texts()) {
+		t.Errorf("%d of %d texts have the limit that is documented", want, len(w.texts()))
+	}
+	long := sample(1)
+	long.Src = spiffeid.RequireFromString("spiffe://shop.example/" + huge)
+	if _, err := FromALS(ToALS(long)); err == nil || len(err.Error()) > 300 {
+		t.Errorf("a SPIFFE ID of 64 KiB: got %.300v", err)
+	}
+	long = sample(1)
+	long.Error, long.Reason, long.PortName, long.Instance, long.Rule.Policy = huge, huge, huge, huge, huge
+	data, err := json.Marshal(long)
+	require.NoError(t, err)
+	require.NoError(t, json.Unmarshal(data, &long), "what was written must be readable")
+}
+
+func TestVerdictIsNoneWhenNothingWasDecided(t *testing.T) {
+	for _, c := range []struct {
+		effect  policy.Effect
+		outcome Outcome
+		want    string
+	}{
+		{policy.Deny, Failed, "none"}, {policy.Deny, Drained, "none"}, {policy.Deny, Refused, "deny"}, {policy.Deny, Cut, "deny"},
+		{policy.Allow, Failed, "allow"}, {policy.Allow, Drained, "allow"}, {policy.Allow, Closed, "allow"}, {policy.Deny, "", "deny"},
+	} {
+		for _, side := range []Side{Inbound, Outbound} {
+			f := sample(1)
+			f.Side, f.Effect, f.Outcome = side, c.effect, c.outcome
+			if got := f.Verdict(); got != c.want {
+				t.Errorf("%s, %v, %s: got %s, want %s", side, c.effect, c.outcome, got, c.want)
+			}
+			data, err := json.Marshal(f)
+			require.NoError(t, err)
+			var back Flow
+			require.NoError(t, json.Unmarshal(data, &back))
+			if back != f || !strings.Contains(string(data), `"verdict":"`+c.want+`"`) {
+				t.Errorf("got %s\n%+v\nwant %+v", data, back, f)
+			}
+		}
+	}
+}
+
 func FuzzFlowJSON(f *testing.F) {
 	seed, err := json.Marshal(sample(1))
 	require.NoError(f, err)
@@ -118,7 +182,7 @@ func genFlow(t *rapid.T) Flow {
 		Side:     rapid.SampledFrom([]Side{Inbound, Outbound}).Draw(t, "side"),
 		Outcome:  rapid.SampledFrom([]Outcome{Closed, Refused, Cut, Failed, Drained}).Draw(t, "outcome"),
 		Error:    text.Draw(t, "error"), PortName: rapid.StringMatching(`[a-z]{0,9}`).Draw(t, "portName"),
-		Instance: text.Draw(t, "instance"), Revision: rapid.StringMatching(`([0-9]\.[0-9]{1,3})?`).Draw(t, "rev"),
+		Instance: rapid.StringMatching(`[0-9a-f]{0,20}`).Draw(t, "instance"), Revision: rapid.StringMatching(`([0-9]\.[0-9]{1,3})?`).Draw(t, "rev"),
 		Sent:     rapid.Int64Range(0, 1<<62).Draw(t, "sent"),
 		Received: rapid.Int64Range(0, 1<<62).Draw(t, "received"),
 	}
@@ -161,7 +225,7 @@ func TestInverses(t *testing.T) {
 
 func TestALSKeepsTheLineOfALongPath(t *testing.T) {
 	f := sample(1)
-	f.Rule.File = strings.Repeat("s", 255) + "/" + strings.Repeat("f", 255)
+	f.Rule.File = strings.Repeat("s", 63) + "/" + strings.Repeat("f", 255)
 	got, err := FromALS(ToALS(f))
 	if err != nil || got.Rule != f.Rule {
 		t.Errorf("got %v, %v", got.Rule, err)

@@ -10,6 +10,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
 
@@ -37,26 +38,52 @@ type wire struct {
 	DurationMS json.Number `json:"duration_ms"`
 }
 
-// MarshalJSON gives the form that docs/flows.md describes.
-func (f Flow) MarshalJSON() ([]byte, error) {
-	return json.Marshal(wire{
+// wireOf is the inverse of [wire.flow]. It makes every text fit for a record.
+func wireOf(f Flow) wire {
+	w := wire{
 		Time: f.Start.UTC(), ID: f.ID, Side: f.Side,
 		Src: f.Src.String(), Dst: f.Dst.String(), Port: f.Port, PortName: f.PortName,
-		Verdict: f.Effect.String(), Would: f.Would.String(),
+		Verdict: f.Verdict(), Would: f.Would.String(),
 		Rule: ruleName(f.Rule), Location: f.Rule.Location(), Reason: f.Reason,
 		Outcome: f.Outcome, Error: f.Error, Revision: f.Revision,
 		Reporter: f.Reporter, Instance: f.Instance,
 		Sent: f.Sent, Received: f.Received, DurationMS: json.Number(formatMillis(f.Duration)),
-	})
+	}
+	for _, t := range w.texts() {
+		*t.text = clean(*t.text, t.limit)
+	}
+	return w
 }
+
+// bounded is a text of a record and its limit in bytes.
+type bounded struct {
+	key   string
+	text  *string
+	limit int
+}
+
+// texts are the fields of w that are taken as they come: nothing else checks
+// how long they are and what characters they hold.
+func (w *wire) texts() []bounded {
+	return []bounded{
+		{"id", &w.ID, maxToken}, {"side", (*string)(&w.Side), maxToken}, {"outcome", (*string)(&w.Outcome), maxToken},
+		{"port_name", &w.PortName, maxName}, {"rule", &w.Rule, maxName}, {"location", &w.Location, maxLocation},
+		{"reason", &w.Reason, MaxText}, {"error", &w.Error, MaxText},
+		{"revision", &w.Revision, maxToken}, {"instance", &w.Instance, maxToken},
+		{"reporter", &w.Reporter, identity.MaxIDLength},
+	}
+}
+
+// MarshalJSON gives the form that docs/flows.md describes.
+func (f Flow) MarshalJSON() ([]byte, error) { return json.Marshal(wireOf(f)) }
 
 // UnmarshalJSON reads what MarshalJSON wrote. Unknown keys are ignored, so that
 // a newer sidecar's records stay readable; an unknown verdict is an error and a
-// missing one denies.
+// missing one denies. A text that is too long or not printable is an error too.
 func (f *Flow) UnmarshalJSON(data []byte) error {
 	var w wire
 	if err := json.Unmarshal(data, &w); err != nil {
-		return fmt.Errorf("reading flow record: %w", err)
+		return fmt.Errorf("reading flow record: %s", Text(err.Error())) // which quotes what was read
 	}
 	g, err := w.flow()
 	if err != nil {
@@ -67,6 +94,11 @@ func (f *Flow) UnmarshalJSON(data []byte) error {
 }
 
 func (w wire) flow() (Flow, error) {
+	for _, t := range w.texts() {
+		if !isClean(*t.text, t.limit) {
+			return Flow{}, fmt.Errorf("%s %q: longer than %d bytes or not printable", t.key, quote(*t.text), t.limit)
+		}
+	}
 	f := Flow{
 		ID: w.ID, Start: w.Time.UTC(), Side: w.Side, Outcome: w.Outcome, Error: w.Error,
 		PortName: w.PortName, Reporter: w.Reporter, Instance: w.Instance,
@@ -106,9 +138,12 @@ func parseID(s string) (spiffeid.ID, error) {
 	if s == "" {
 		return spiffeid.ID{}, nil
 	}
+	if len(s) > identity.MaxIDLength {
+		return spiffeid.ID{}, fmt.Errorf("SPIFFE ID %q: longer than %d bytes", quote(s), identity.MaxIDLength)
+	}
 	id, err := spiffeid.FromString(s)
 	if err != nil {
-		return spiffeid.ID{}, fmt.Errorf("SPIFFE ID %q: %w", s, err)
+		return spiffeid.ID{}, fmt.Errorf("SPIFFE ID %q: %w", quote(s), err)
 	}
 	return id, nil
 }
@@ -117,10 +152,10 @@ func parseEffect(s string) (policy.Effect, error) {
 	switch s {
 	case "allow":
 		return policy.Allow, nil
-	case "deny", "":
+	case "deny", none, "":
 		return policy.Deny, nil
 	}
-	return policy.Deny, fmt.Errorf("verdict %q: want allow or deny", s)
+	return policy.Deny, fmt.Errorf("verdict %q: want allow, deny or none", quote(s))
 }
 
 // ruleName gives SET/POLICY, or POLICY in the root set, or "" for no rule.
@@ -143,11 +178,11 @@ func parseRule(name, location string) (policy.RuleRef, error) {
 	}
 	i := strings.LastIndexByte(location, ':')
 	if i < 0 {
-		return r, fmt.Errorf("location %q: want FILE:LINE", location)
+		return r, fmt.Errorf("location %q: want FILE:LINE", quote(location))
 	}
 	line, err := strconv.ParseUint(location[i+1:], 10, 31)
 	if err != nil {
-		return r, fmt.Errorf("location %q: want FILE:LINE", location)
+		return r, fmt.Errorf("location %q: want FILE:LINE", quote(location))
 	}
 	r.File, r.Line = location[:i], int(line)
 	return r, nil
@@ -175,15 +210,15 @@ func parseMillis(s string) (time.Duration, error) {
 	whole, rest, _ := strings.Cut(s, ".")
 	w, err := strconv.ParseUint(whole, 10, 63)
 	if err != nil || w > math.MaxInt64/uint64(time.Millisecond)-1 {
-		return 0, fmt.Errorf("duration_ms %q: out of range", s)
+		return 0, fmt.Errorf("duration_ms %q: out of range", quote(s))
 	}
 	r, err := strconv.ParseUint((rest + "000000")[:6], 10, 32)
 	if err != nil {
-		return 0, fmt.Errorf("duration_ms %q: not a plain decimal number", s)
+		return 0, fmt.Errorf("duration_ms %q: not a plain decimal number", quote(s))
 	}
 	for _, c := range rest {
 		if c < '0' || c > '9' {
-			return 0, fmt.Errorf("duration_ms %q: not a plain decimal number", s)
+			return 0, fmt.Errorf("duration_ms %q: not a plain decimal number", quote(s))
 		}
 	}
 	return time.Duration(w)*time.Millisecond + time.Duration(r), nil

@@ -46,8 +46,8 @@ func TestRingKeepsTheNewest(t *testing.T) {
 			t.Errorf("Newest(%d): got %s, want %s", c.n, got, c.want)
 		}
 	}
-	if f, ok := r.Find(odd); !ok || f.ID[15] != '5' {
-		t.Errorf("Find: got %v %v, want the newest odd one", f.ID, ok)
+	if f, ok := r.Find(odd); !ok || f.ID[15] != '3' {
+		t.Errorf("Find: got %v %v, want the oldest odd one", f.ID, ok)
 	}
 	if _, ok := r.Find(func(*Flow) bool { return false }); ok {
 		t.Error("Find: found nothing there is")

@@ -3,7 +3,8 @@
 // decision.
 //
 // A sidecar can only report its own connections: who reports is proved by its
-// certificate. Nothing is stored; the newest records are kept in memory.
+// certificate. Nothing is stored; the newest records are kept in memory, and a
+// sidecar that floods the collector pushes out its own records first.
 package insight
 
 import (
@@ -27,7 +28,7 @@ import (
 
 // Config holds a collector's surroundings.
 type Config struct {
-	Keep     int                   // records kept in memory, some 600 bytes each; default 100,000
+	Keep     int                   // records kept in memory, in 64 MiB at most; default 100,000, some 600 bytes each
 	Registry prometheus.Registerer // nil: metrics are kept but not exposed
 	Log      hclog.Logger
 }
@@ -36,7 +37,7 @@ type Config struct {
 type Filter struct {
 	Src, Dst spiffeid.ID
 	Side     flow.Side      // Inbound gives each connection once
-	Verdict  *policy.Effect // nil: both
+	Verdict  *policy.Effect // nil: all, and those about which nothing was decided
 }
 
 // Match reports whether f passes the filter.
@@ -44,7 +45,7 @@ func (x Filter) Match(f *flow.Flow) bool {
 	return (x.Src.IsZero() || f.Src == x.Src) &&
 		(x.Dst.IsZero() || f.Dst == x.Dst) &&
 		(x.Side == "" || f.Side == x.Side) &&
-		(x.Verdict == nil || f.Effect == *x.Verdict)
+		(x.Verdict == nil || f.Verdict() == x.Verdict.String())
 }
 
 // Collector is the server side of Envoy's access-log service (v3). Register it
@@ -102,7 +103,7 @@ func (c *Collector) StreamAccessLogs(stream als.AccessLogService_StreamAccessLog
 		}
 		if err := c.take(peer.ID, msg); err != nil && !rejected {
 			rejected = true // one line per stream, the counter knows the rest
-			c.log.Warn("flow record rejected", "reporter", peer.ID, "error", err)
+			c.log.Warn("flow record rejected", "reporter", flow.Text(peer.ID.String()), "error", flow.Text(err.Error()))
 		}
 	}
 }
@@ -131,7 +132,7 @@ func (c *Collector) take(reporter spiffeid.ID, msg *als.StreamAccessLogsMessage)
 			continue
 		}
 		f.Reporter = reporter.String()
-		c.received.WithLabelValues(string(f.Side), f.Effect.String()).Inc()
+		c.received.WithLabelValues(string(f.Side), f.Verdict()).Inc()
 		c.ring.Record(f)
 	}
 	return last
@@ -160,10 +161,13 @@ func (c *Collector) Flows(ctx context.Context, x Filter, limit int, follow bool,
 }
 
 // Find returns the record of a decision, if it is still held: the destination's,
-// which names the rule, or else the caller's.
+// which names the rule, or else the caller's. The oldest wins, for whoever has
+// been told a decision's id may send more records with it.
 func (c *Collector) Find(id string) (flow.Flow, bool) {
-	if f, ok := c.ring.Find(func(f *flow.Flow) bool { return f.ID == id && f.Side == flow.Inbound }); ok {
+	if f, ok := c.ring.Find(func(f *flow.Flow) bool {
+		return f.ID == id && f.Side == flow.Inbound && f.Dst.String() == f.Reporter
+	}); ok {
 		return f, true
 	}
-	return c.ring.Find(func(f *flow.Flow) bool { return f.ID == id })
+	return c.ring.Find(func(f *flow.Flow) bool { return f.ID == id && f.Side == flow.Outbound })
 }

@@ -173,6 +173,56 @@ func TestFindPrefersTheDestination(t *testing.T) {
 	}
 }
 
+func TestAForgedRecordDoesNotReplaceTheDecision(t *testing.T) {
+	c, _ := newCollector(50)
+	client := serve(t, c)
+	// The intruder knows the decision's id: it was told it with the refusal.
+	decided := record("a", flow.Inbound, intruder, payments, policy.Deny)
+	require.NoError(t, send(t, client, payments.String(), decided))
+	require.NoError(t, send(t, client, intruder.String(), record("a", flow.Inbound, orders, intruder, policy.Allow)))
+	flood := make([]flow.Flow, 500)
+	for i := range flood {
+		flood[i] = record("b", flow.Inbound, orders, intruder, policy.Allow)
+	}
+	require.NoError(t, send(t, client, intruder.String(), flood...))
+	decided.Reporter = payments.String()
+	if f, ok := c.Find(decided.ID); !ok || f != decided {
+		t.Errorf("got %+v %v, want what payments decided", f, ok)
+	}
+}
+
+func TestALogLineIsBounded(t *testing.T) {
+	var log strings.Builder
+	c := New(Config{Log: hclog.New(&hclog.LoggerOptions{Output: &log})})
+	long := spiffeid.RequireFromString("spiffe://shop.example/" + strings.Repeat("a", 1<<20))
+	require.NoError(t, send(t, serve(t, c), payments.String(), record("1", flow.Inbound, long, payments, policy.Allow)))
+	if log.Len() == 0 || log.Len() > 600 || c.ring.Len() != 0 {
+		t.Errorf("got %d records and a log line of %d bytes: %.600s", c.ring.Len(), log.Len(), log.String())
+	}
+}
+
+func TestAFailedConnectionIsNoRefusal(t *testing.T) {
+	c, reg := newCollector(0)
+	failed := record("1", flow.Outbound, orders, payments, policy.Deny)
+	failed.Outcome = flow.Failed
+	require.NoError(t, send(t, serve(t, c), orders.String(), failed))
+	for _, e := range []policy.Effect{policy.Deny, policy.Allow} {
+		if (Filter{Verdict: &e}).Match(&failed) {
+			t.Errorf("%v matches", e)
+		}
+	}
+	if !(Filter{}).Match(&failed) {
+		t.Error("it must match without a filter")
+	}
+	families, err := reg.Gather()
+	require.NoError(t, err)
+	for _, f := range families {
+		if f.GetName() == "sallyport_flows_received_total" && f.GetMetric()[0].GetLabel()[1].GetValue() != "none" {
+			t.Errorf("got %v, want verdict none", f.GetMetric())
+		}
+	}
+}
+
 func TestFlowsFilterAndFollow(t *testing.T) {
 	c, _ := newCollector(3)
 	client := serve(t, c)
