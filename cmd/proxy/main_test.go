@@ -33,7 +33,7 @@ func TestCommandLine(t *testing.T) {
 		{"run -config " + good + " now", 2, "", `unexpected argument "now"`},
 		{"run --help", 0, "", "usage: sallyport-proxy run"},
 		{"run --config /no/such/file", 2, "", "reading configuration: open /no/such/file: no such file"},
-		{"run --config " + bad, 2, "", bad + `:2: unknown key "port"`},
+		{"run --config " + bad, 2, "", bad + `:2:1: unknown key "port"`},
 		{"run -config " + good, 1, "", "no join token"},
 	} {
 		var stdout, stderr strings.Builder

@@ -24,7 +24,7 @@ func (c *cli) apply() *cobra.Command {
 		Long: `Apply replaces sets by the files of a folder. DIR itself is the root set and
 each of its sub-folders a set of its own; with --set, DIR is that one set.
 A set that DIR does not hold stays as it is; "sallyport set remove" removes one.`,
-		Args: cobra.ExactArgs(1),
+		Args: args("DIR"),
 	}
 	cmd.Flags().StringVar(&set, "set", "", "apply DIR as this one `set`")
 	cmd.Flags().DurationVar(&wait, "wait", 0, "wait this long for every connected sidecar to acknowledge")
@@ -46,10 +46,21 @@ A set that DIR does not hold stays as it is; "sallyport set remove" removes one.
 	return cmd
 }
 
+// folder refuses what is not one, and says so.
+func folder(dir string) error {
+	switch st, err := os.Stat(dir); {
+	case err != nil:
+		return fmt.Errorf("reading policy folder: %w", err)
+	case !st.IsDir():
+		return fmt.Errorf("%s is a file: name the folder that holds the policy files", dir)
+	}
+	return nil
+}
+
 // readSets reads a folder as the control plane will, with the same limits.
 func readSets(dir, set string) ([]*sallyportv1.Set, error) {
-	if _, err := os.ReadDir(dir); err != nil {
-		return nil, fmt.Errorf("reading policy folder: %w", err)
+	if err := folder(dir); err != nil {
+		return nil, err
 	}
 	all, err := policy.ReadFiles(os.DirFS(dir))
 	if err != nil {
@@ -111,9 +122,9 @@ func (c *cli) printApplied(resp *sallyportv1.ApplyResponse, dryRun bool, wait ti
 
 func (c *cli) set() *cobra.Command {
 	var wait time.Duration
-	set := &cobra.Command{Use: "set", Short: "Manage sets"}
+	set := group("set", "Manage sets")
 	remove := &cobra.Command{
-		Use: "remove NAME", Short: "Remove a set with everything in it", Args: cobra.ExactArgs(1),
+		Use: "remove NAME", Short: "Remove a set with everything in it", Args: args("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.admin(cmd.Context(), func(ctx context.Context, a sallyportv1.AdminClient) error {
 				resp, err := a.RemoveSet(ctx, &sallyportv1.RemoveSetRequest{Name: args[0], Wait: durationpb.New(wait)})
@@ -132,7 +143,7 @@ func (c *cli) set() *cobra.Command {
 func (c *cli) rollback() *cobra.Command {
 	var wait time.Duration
 	cmd := &cobra.Command{
-		Use: "rollback REV", Short: "Put the files of an earlier revision in force, as a new revision", Args: cobra.ExactArgs(1),
+		Use: "rollback REV", Short: "Put the files of an earlier revision in force, as a new revision", Args: args("REV"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.admin(cmd.Context(), func(ctx context.Context, a sallyportv1.AdminClient) error {
 				resp, err := a.Rollback(ctx, &sallyportv1.RollbackRequest{Revision: args[0], Wait: durationpb.New(wait)})

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,8 +10,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"text/tabwriter"
+	"unicode"
 
+	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -88,7 +92,7 @@ func (c *cli) print(m proto.Message, text func(w io.Writer)) error {
 		_, err = fmt.Fprintln(c.stdout, string(data))
 		return err
 	case "text":
-		w := tabwriter.NewWriter(c.stdout, 0, 8, 2, ' ', 0)
+		w := tabwriter.NewWriter(printable{c.stdout}, 0, 8, 2, ' ', 0)
 		text(w)
 		return w.Flush()
 	default:
@@ -98,6 +102,56 @@ func (c *cli) print(m proto.Message, text func(w io.Writer)) error {
 
 // printJSON writes v on one line.
 func (c *cli) printJSON(v any) error { return json.NewEncoder(c.stdout).Encode(v) }
+
+// printable keeps from a terminal what it would obey: some of what is shown comes
+// from sidecars and files.
+type printable struct{ w io.Writer }
+
+// Write implements io.Writer.
+func (p printable) Write(b []byte) (int, error) {
+	clean := bytes.Map(func(r rune) rune {
+		if r == '\n' || r == '\t' || unicode.IsPrint(r) {
+			return r
+		}
+		return '\uFFFD'
+	}, b)
+	if _, err := p.w.Write(clean); err != nil {
+		return 0, err
+	}
+	return len(b), nil
+}
+
+// args wants exactly these arguments, and names them when they are not there.
+func args(names ...string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, got []string) error {
+		if len(got) != len(names) {
+			return fmt.Errorf("usage: %s %s", cmd.CommandPath(), strings.Join(names, " "))
+		}
+		return nil
+	}
+}
+
+// group is a verb that only has verbs below it.
+func group(use, short string) *cobra.Command {
+	cmd := &cobra.Command{Use: use, Short: short}
+	cmd.RunE = func(_ *cobra.Command, got []string) error {
+		var verbs []string
+		for _, c := range cmd.Commands() {
+			verbs = append(verbs, c.Name())
+		}
+		return fmt.Errorf("usage: %s VERB, where VERB is one of: %s", cmd.CommandPath(), strings.Join(verbs, ", "))
+	}
+	return cmd
+}
+
+func count(n int, what string) string { return countOf(n, what, what+"s") }
+
+func countOf(n int, one, many string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %s", n, many)
+}
 
 func orDash(s string) string {
 	if s == "" {

@@ -19,11 +19,11 @@ const offlineTrustDomain = "trust-domain.invalid"
 
 func (c *cli) policy() *cobra.Command {
 	var trustDomain string
-	p := &cobra.Command{Use: "policy", Short: "Check, test and compare policy files, without a control plane"}
+	p := group("policy", "Check, test and compare policy files, without a control plane")
 	p.PersistentFlags().StringVar(&trustDomain, "trust-domain", offlineTrustDomain, "trust `domain` of the mesh, where the files name it")
 	p.AddCommand(
 		&cobra.Command{
-			Use: "check DIR", Short: "Parse and resolve a folder", Args: cobra.ExactArgs(1),
+			Use: "check DIR", Short: "Parse and resolve a folder", Args: args("DIR"),
 			RunE: func(_ *cobra.Command, args []string) error {
 				rules, sets, err := load(args[0], trustDomain)
 				if err != nil {
@@ -33,7 +33,7 @@ func (c *cli) policy() *cobra.Command {
 			},
 		},
 		&cobra.Command{
-			Use: "test DIR", Short: "Run the PolicyTests of a folder", Args: cobra.ExactArgs(1),
+			Use: "test DIR", Short: "Run the PolicyTests of a folder", Args: args("DIR"),
 			RunE: func(_ *cobra.Command, args []string) error {
 				rules, sets, err := load(args[0], trustDomain)
 				if err != nil {
@@ -43,7 +43,7 @@ func (c *cli) policy() *cobra.Command {
 			},
 		},
 		&cobra.Command{
-			Use: "diff A B", Short: "Say who gains and who loses access from folder A to folder B (or: live)", Args: cobra.ExactArgs(2),
+			Use: "diff A B", Short: "Say who gains and who loses access from folder A to folder B (or: live)", Args: args("A", "B"),
 			RunE: func(cmd *cobra.Command, args []string) error {
 				before, err := c.loadSide(cmd.Context(), args[0], trustDomain)
 				if err != nil {
@@ -65,8 +65,8 @@ func load(dir, trustDomain string) (*policy.Ruleset, []*policy.Set, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("--trust-domain %s: %w", trustDomain, err)
 	}
-	if _, err := os.ReadDir(dir); err != nil {
-		return nil, nil, fmt.Errorf("reading policy folder: %w", err)
+	if err := folder(dir); err != nil {
+		return nil, nil, err
 	}
 	sets, err := policy.ParseTree(os.DirFS(dir))
 	if err != nil {
@@ -123,7 +123,7 @@ func (c *cli) printCheck(rules *policy.Ruleset, sets []*policy.Set) error {
 	if c.output == "json" {
 		return c.printJSON(map[string]int{"sets": len(sets), "workloads": len(rules.Workloads()), "policies": policies, "tests": tests})
 	}
-	_, err := fmt.Fprintf(c.stdout, "ok: %d sets, %d workloads, %d policies, %d policy tests\n", len(sets), len(rules.Workloads()), policies, tests)
+	_, err := fmt.Fprintf(c.stdout, "ok: %s, %s, %s, %s\n", count(len(sets), "set"), count(len(rules.Workloads()), "workload"), countOf(policies, "policy", "policies"), count(tests, "policy test"))
 	return err
 }
 

@@ -18,7 +18,7 @@ import (
 func (c *cli) token() *cobra.Command {
 	var workload string
 	var ttl time.Duration
-	token := &cobra.Command{Use: "token", Short: "Manage join tokens"}
+	token := group("token", "Manage join tokens")
 	create := &cobra.Command{
 		Use: "create", Short: "Make a join token: one sidecar may enrol with it, once", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -171,7 +171,7 @@ func (c *cli) audit() *cobra.Command {
 				}
 				return c.print(resp, func(w io.Writer) {
 					for _, r := range resp.GetRecords() {
-						fmt.Fprintf(w, "%s  %s %s: %s\n  by %s, %s\n", local(r.GetTime()), r.GetAction(), r.GetSubject(), r.GetResult(), r.GetActor(), r.GetOrigin())
+						fmt.Fprintf(w, "%s  %s %s: %s\n  by %s\n", local(r.GetTime()), r.GetAction(), r.GetSubject(), r.GetResult(), strings.TrimSuffix(r.GetActor()+", "+r.GetOrigin(), ", "))
 						if r.GetDetail() != "" {
 							fmt.Fprintf(w, "    %s\n", strings.ReplaceAll(strings.TrimSpace(r.GetDetail()), "\n", "\n    "))
 						}

@@ -12,7 +12,7 @@ import (
 func (c *cli) up() *cobra.Command {
 	cfg := runner.Config{}
 	cmd := &cobra.Command{
-		Use: "up DIR", Short: "Run a whole mesh on this machine, as DIR/mesh.yaml describes it", Args: cobra.ExactArgs(1),
+		Use: "up DIR", Short: "Run a whole mesh on this machine, as DIR/mesh.yaml describes it", Args: args("DIR"),
 		Long: `Up starts a control plane, then a sidecar and an app for each workload of
 DIR/mesh.yaml, and stops them all on Ctrl-C. A process that ends by itself is
 reported and stays down.`,

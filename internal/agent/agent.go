@@ -33,6 +33,10 @@ type Config struct {
 	Token string
 	// StateDir is a folder of this instance alone. It is made if missing.
 	StateDir string
+	// EnrollWithin is how long the first enrolment, which has no saved state to
+	// come back with, puts up with a control plane that cannot be reached. Zero:
+	// for ever.
+	EnrollWithin time.Duration
 
 	Now func() time.Time // nil: time.Now
 	Log hclog.Logger     // nil: discard
@@ -182,7 +186,11 @@ func (a *Agent) failed(err error) {
 	if news {
 		level = hclog.Warn
 	}
-	a.log.Log(level, "no new SVID; retrying", "error", err)
+	hint := "if this lasts, the control plane's log says why"
+	if isUnreachable(err) {
+		hint = checkAddress
+	}
+	a.log.Log(level, "no new SVID; retrying", "error", err, "hint", hint)
 }
 
 // SetBundles replaces what is trusted, of every trust domain at once, and
@@ -235,27 +243,47 @@ func (a *Agent) update(change func(*state)) error {
 // before the first SVID, with one line that says what to do: a join token that is
 // wrong, used or expired, another trust domain, a control plane that is not the
 // token's, clocks too far apart, an instance that the control plane no longer
-// knows, a state folder that cannot be written. Whatever may pass by itself is
-// retried and shown by [Agent.Status].
+// knows, a state folder that cannot be written, or, where no state was saved yet,
+// a control plane that cannot be reached within Config.EnrollWithin. Whatever may
+// pass by itself is retried and shown by [Agent.Status].
 func (a *Agent) Run(ctx context.Context) error {
-	failures := 0
-	for {
+	within := a.cfg.EnrollWithin
+	if !a.ID().IsZero() { // there is saved state
+		within = 0
+	}
+	if err := a.first(ctx, within); err != nil || ctx.Err() != nil {
+		return err
+	}
+	a.keep(ctx)
+	return nil
+}
+
+// first gets the first SVID. It returns nil when ctx ends, and gives up when the
+// control plane was unreachable for as long as within; zero is for ever. Real
+// time counts: the clock of a machine that starts may jump.
+func (a *Agent) first(ctx context.Context, within time.Duration) error {
+	reached := time.Now()
+	for failures := 1; ; failures++ {
 		err := a.enroll(ctx)
-		if err == nil {
-			break
-		}
-		if ctx.Err() != nil {
+		if err == nil || ctx.Err() != nil {
 			return nil
 		}
 		if isPermanent(err) {
 			return err
 		}
+		pause := a.backoff(failures)
+		if !isUnreachable(err) {
+			reached = time.Now()
+		} else if within > 0 {
+			left := within - time.Since(reached)
+			if left <= 0 {
+				return gaveUp(err, within)
+			}
+			pause = min(pause, left)
+		}
 		a.failed(err)
-		failures++
-		if !a.wait(ctx, a.backoff(failures)) {
+		if !a.wait(ctx, pause) {
 			return nil
 		}
 	}
-	a.keep(ctx)
-	return nil
 }

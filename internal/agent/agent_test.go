@@ -58,6 +58,7 @@ type controlPlane struct {
 	done     chan error
 	issues   atomic.Int32 // Enroll calls that reached the server
 	fail     atomic.Bool  // answer every Renew with Unavailable
+	busy     atomic.Bool  // answer every Enroll with ResourceExhausted
 }
 
 func newControlPlane(t *testing.T, svidTTL time.Duration) *controlPlane {
@@ -106,6 +107,9 @@ func (c *controlPlane) listen(addr string) {
 		}),
 		grpc.StreamInterceptor(func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, next grpc.StreamHandler) error {
 			c.issues.Add(1)
+			if c.busy.Load() {
+				return status.Error(codes.ResourceExhausted, "not today")
+			}
 			return next(srv, ss)
 		}),
 	)
@@ -124,7 +128,7 @@ func (c *controlPlane) stop() {
 
 func (c *controlPlane) token(name string) string {
 	c.t.Helper()
-	created, err := c.registry.CreateToken(c.t.Context(), name, 0, "alice")
+	created, err := c.registry.CreateToken(c.t.Context(), registry.TokenRequest{Workload: name, Actor: "alice"})
 	require.NoError(c.t, err)
 	return created.Token
 }
@@ -377,12 +381,53 @@ func TestUnreachableAtFirstIsRetriedAndSaid(t *testing.T) {
 	cp.listen(cp.addr)
 	<-a.Ready()
 	stop()
-	if got := strings.Count(log.String(), "connection refused"); got != 1 {
+	if got := strings.Count(log.String(), "connection refused"); got != 1 || !strings.Contains(log.String(), checkAddress) {
 		t.Errorf("logged %d times:\n%s", got, log.String())
 	}
 	if strings.Contains(log.String(), strings.Split(token, ".")[2]) {
 		t.Error("the token's secret is in the log")
 	}
+}
+
+// A new sidecar with a wrong address ends with a line that says so; one that has
+// been somewhere already waits.
+func TestEnrollWithin(t *testing.T) {
+	cp := newControlPlane(t, time.Hour)
+	dir := t.TempDir()
+	_, stop := start(t, cp.config(cp.token("payments"), dir))
+	stop()
+	cfg := cp.config(cp.token("payments"), t.TempDir())
+	cfg.EnrollWithin = 50 * time.Millisecond
+	cp.stop()
+	a, err := New(cfg)
+	require.NoError(t, err)
+	err = runBriefly(t, a)
+	want := "control plane unreachable at " + cp.addr + " for 50ms: connection refused; check controlPlane in the configuration and that it runs"
+	if err == nil || err.Error() != want {
+		t.Errorf("got %v, want %s", err, want)
+	}
+
+	cfg.StateDir = dir
+	a, err = New(cfg)
+	require.NoError(t, err)
+	ctx, cancel := context.WithTimeout(t.Context(), 400*time.Millisecond)
+	defer cancel()
+	if err := a.Run(ctx); err != nil {
+		t.Errorf("with saved state: gave up: %v", err)
+	}
+}
+
+// A control plane that answers and cannot enrol anybody yet is waited for.
+func TestEnrollWithinIsForTheUnreachable(t *testing.T) {
+	cp := newControlPlane(t, time.Hour)
+	cfg := cp.config(cp.token("payments"), t.TempDir())
+	cfg.EnrollWithin = time.Millisecond
+	cp.busy.Store(true)
+	a, _ := launch(t, cfg)
+	eventually(t, "refused", func() bool { return strings.Contains(a.Status().Detail, "not today") })
+	time.Sleep(2 * cfg.EnrollWithin)
+	cp.busy.Store(false)
+	eventually(t, "enrolled", func() bool { return a.Status().State == Valid })
 }
 
 // Wrong from the start: Run ends with one line that says what to do.

@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -27,6 +28,39 @@ type refusal struct{ error }
 func isRefusal(err error) bool {
 	_, ok := errors.AsType[refusal](err)
 	return ok
+}
+
+// checkAddress is what to do about an unreachable control plane.
+const checkAddress = "check controlPlane in the configuration and that it runs"
+
+// unreachable says that nothing could be asked of the control plane.
+type unreachable struct {
+	addr    string
+	lasting time.Duration // zero: not known
+	cause   error
+}
+
+// Error implements error.
+func (e unreachable) Error() string {
+	if e.lasting == 0 {
+		return fmt.Sprintf("control plane unreachable at %s: %v", e.addr, e.cause)
+	}
+	return fmt.Sprintf("control plane unreachable at %s for %v: %v", e.addr, e.lasting, e.cause)
+}
+
+// Unwrap returns the cause.
+func (e unreachable) Unwrap() error { return e.cause }
+
+func isUnreachable(err error) bool {
+	_, ok := errors.AsType[unreachable](err)
+	return ok
+}
+
+// gaveUp is what Run says when the control plane was unreachable for so long.
+func gaveUp(err error, lasting time.Duration) error {
+	u, _ := errors.AsType[unreachable](err)
+	u.lasting = lasting
+	return fmt.Errorf("%w; %s", u, checkAddress)
 }
 
 // explain turns a gRPC status into a line for people. What the control plane

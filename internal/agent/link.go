@@ -218,7 +218,7 @@ func (l *link) failure(otherwise error) error {
 	if errno, ok := errors.AsType[syscall.Errno](cause); ok {
 		cause = errno // "connection refused" rather than three prefixes
 	}
-	return fmt.Errorf("control plane unreachable at %s: %w", l.addr, cause)
+	return unreachable{addr: l.addr, cause: cause}
 }
 
 // untrusted marks what our own verification of the server said.

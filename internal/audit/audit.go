@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 	"unicode/utf8"
@@ -20,15 +21,24 @@ import (
 )
 
 const (
-	// MaxRecords and MaxBytes bound what is kept: the newest records win.
-	MaxRecords = 10_000
-	MaxBytes   = 32 << 20
+	// MaxRecords and MaxBytes bound what is kept: the newest records win. Those
+	// that sidecars cause by themselves, which is [ActionIssue], have bounds of
+	// their own, so that they never push out what people did.
+	MaxRecords      = 10_000
+	MaxBytes        = 32 << 20
+	MaxRoutine      = 5_000
+	MaxRoutineBytes = 8 << 20
 	// MaxDetail is the length of a record's Detail in bytes; a longer one is cut
 	// and says so. The other fields are cut at MaxField.
 	MaxDetail = 16 << 10
 	MaxField  = 1 << 10
 
+	// ActionIssue is the Action of an enrolment.
+	ActionIssue = "svid.issue"
+
 	prefix = "audit/"
+	// routine ends the keys of records that sidecars cause by themselves.
+	routine = "-routine"
 	// trimEvery is how many records this process writes between two looks at
 	// what may be forgotten.
 	trimEvery = 256
@@ -88,10 +98,11 @@ func (l *Log) Op(r Record) store.Op {
 		panic(fmt.Sprintf("encoding an audit record: %v", err))
 	}
 	l.due.Add(1)
-	return store.Op{
-		Key:   fmt.Sprintf("%s%020d-%010d-%s", prefix, max(0, r.Time.UnixNano()), l.seq.Add(1), l.writer),
-		Value: value,
+	key := fmt.Sprintf("%s%020d-%010d-%s", prefix, max(0, r.Time.UnixNano()), l.seq.Add(1), l.writer)
+	if r.Action == ActionIssue {
+		key += routine
 	}
+	return store.Op{Key: key, Value: value}
 }
 
 // cut shortens s to at most limit bytes at a character's edge, and says so.
@@ -125,7 +136,7 @@ func (l *Log) Recent(ctx context.Context, n int) ([]Record, error) {
 	return records, nil
 }
 
-// Trim deletes the oldest records beyond MaxRecords and MaxBytes. It costs
+// Trim deletes the oldest records beyond the bounds of either kind. It costs
 // nothing until this process has written some hundreds of records; whoever
 // writes by Op calls it now and then.
 func (l *Log) Trim(ctx context.Context) error {
@@ -149,17 +160,19 @@ func (l *Log) Trim(ctx context.Context) error {
 // expired gives the deletes of all records that are beyond the bounds; kvs are
 // ordered from the oldest.
 func expired(kvs []store.KV) []store.Op {
-	size, keep := 0, 0
-	for _, kv := range slices.Backward(kvs) {
-		size += len(kv.Value)
-		if keep == MaxRecords || size > MaxBytes {
-			break
-		}
-		keep++
-	}
+	type room struct{ records, bytes int }
+	changes, issues := room{MaxRecords, MaxBytes}, room{MaxRoutine, MaxRoutineBytes}
 	var ops []store.Op
-	for _, kv := range kvs[:len(kvs)-keep] {
-		ops = append(ops, store.Op{Key: kv.Key, Delete: true})
+	for _, kv := range slices.Backward(kvs) {
+		left := &changes
+		if strings.HasSuffix(kv.Key, routine) {
+			left = &issues
+		}
+		left.records--
+		left.bytes -= len(kv.Value)
+		if left.records < 0 || left.bytes < 0 {
+			ops = append(ops, store.Op{Key: kv.Key, Delete: true})
+		}
 	}
 	return ops
 }

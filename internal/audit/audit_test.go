@@ -104,6 +104,27 @@ func TestRetention(t *testing.T) {
 	}
 }
 
+// However often sidecars enrol, what people did stays.
+func TestEnrolmentsDoNotPushOutChanges(t *testing.T) {
+	s := newStore(t)
+	l := New(s, time.Now)
+	require.NoError(t, l.Append(t.Context(), Record{Action: "policy.apply"}))
+	ops := make([]store.Op, MaxRecords+300)
+	for i := range ops {
+		ops[i] = l.Op(Record{Action: ActionIssue, Detail: fmt.Sprint(i)})
+	}
+	for batch := range slices.Chunk(ops, store.MaxOps) {
+		_, err := s.Txn(t.Context(), nil, batch)
+		require.NoError(t, err)
+	}
+	require.NoError(t, l.Trim(t.Context()))
+	got, err := l.Recent(t.Context(), 0)
+	require.NoError(t, err)
+	if len(got) != MaxRoutine+1 || got[0].Detail != fmt.Sprint(len(ops)-1) || got[MaxRoutine].Action != "policy.apply" {
+		t.Errorf("got %d records from %+v to %+v, want the newest %d enrolments and the change", len(got), got[0], got[len(got)-1], MaxRoutine)
+	}
+}
+
 func TestParallelWriters(t *testing.T) {
 	s := newStore(t)
 	var wg sync.WaitGroup

@@ -2,9 +2,11 @@ package controlplane
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -40,9 +42,14 @@ type adminServer struct {
 // CreateToken implements the RPC.
 func (a *adminServer) CreateToken(ctx context.Context, req *sallyportv1.CreateTokenRequest) (*sallyportv1.CreateTokenResponse, error) {
 	actor, origin := caller(ctx)
-	t, err := a.registry.CreateToken(ctx, req.GetWorkload(), req.GetTtl().AsDuration(), actor+", "+origin)
-	if err != nil {
+	t, err := a.registry.CreateToken(ctx, registry.TokenRequest{Workload: req.GetWorkload(), TTL: req.GetTtl().AsDuration(), Actor: actor, Origin: origin})
+	switch {
+	case errors.Is(err, registry.ErrNotReady):
+		return nil, errStarting()
+	case registry.IsRequestError(err):
 		return nil, status.Error(codes.InvalidArgument, err.Error())
+	case err != nil:
+		return nil, status.Error(codes.Unavailable, err.Error())
 	}
 	return &sallyportv1.CreateTokenResponse{Token: t.Token, Expires: timestamppb.New(t.Expires), SpiffeId: t.ID.String()}, nil
 }
@@ -64,9 +71,7 @@ func (a *adminServer) Explain(_ context.Context, req *sallyportv1.ExplainRequest
 			return nil, status.Errorf(codes.NotFound, "no flow record with decision id %q is held", id)
 		}
 		e := explain(state.Rules, f.Request, f.PortName)
-		if e.GetVerdict() != f.Effect.String() {
-			e.Note = fmt.Sprintf("this is what revision %s says now; revision %s decided %s by %s", state.Rev, f.Revision, f.Effect, f.Rule)
-		}
+		e.Note = recorded(f, state.Rev.String())
 		return &sallyportv1.ExplainResponse{Explanations: []*sallyportv1.Explanation{e}}, nil
 	}
 	from, err := a.resolve(state.Rules, req.GetFrom())
@@ -83,9 +88,30 @@ func (a *adminServer) Explain(_ context.Context, req *sallyportv1.ExplainRequest
 	}
 	resp := &sallyportv1.ExplainResponse{}
 	for _, p := range ports {
-		resp.Explanations = append(resp.Explanations, explain(state.Rules, policy.Request{Src: from, Dst: to, Port: p.Number}, p.Name))
+		e := explain(state.Rules, policy.Request{Src: from, Dst: to, Port: p.Number}, p.Name)
+		if _, known := state.Rules.Workload(from); !known {
+			e.Note = strings.TrimPrefix(e.Note+"; no Workload of this mesh is "+from.String(), "; ")
+		}
+		resp.Explanations = append(resp.Explanations, e)
 	}
 	return resp, nil
+}
+
+// recorded says what a flow record holds beside what the rules say now.
+func recorded(f flow.Flow, rev string) string {
+	note := fmt.Sprintf("recorded by %s: %s", f.Reporter, f.Outcome)
+	switch {
+	case f.Outcome == flow.Failed:
+		note += ", verdict " + f.Verdict()
+	case f.Side == flow.Outbound:
+		note += ", the destination decided " + f.Verdict()
+	default:
+		note += fmt.Sprintf(", revision %s decided %s by %s", f.Revision, f.Verdict(), f.Rule)
+	}
+	if f.Error != "" {
+		note += " (" + f.Error + ")"
+	}
+	return note + fmt.Sprintf("; above is what revision %s says", rev)
 }
 
 // resolve finds who is meant: a workload's name first, then any form of ID.
@@ -117,7 +143,7 @@ func explainPorts(rules *policy.Ruleset, to spiffeid.ID, port string) ([]policy.
 		for i, p := range w.Ports {
 			names[i] = fmt.Sprintf("%s (%d)", p.Name, p.Number)
 		}
-		return nil, status.Errorf(codes.NotFound, "%s declares no port %s; it declares %v", w.Name, port, names)
+		return nil, status.Errorf(codes.NotFound, "%s declares no port %s; it declares %s", w.Name, port, strings.Join(names, ", "))
 	}
 	return w.Ports[i : i+1], nil
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
@@ -33,6 +34,7 @@ type announcer struct {
 	ports     func(spiffeid.ID) ([]policy.Port, bool) // declared ports of a workload
 	instance  func(context.Context, identity.Peer) (string, error)
 	log       hclog.Logger
+	slots     slots
 
 	mu    sync.Mutex
 	lost  chan struct{} // guarded by mu; closed when every stream has to announce again
@@ -74,7 +76,12 @@ func (a *announcer) Announce(stream sallyportv1.Announcer_AnnounceServer) error 
 	if err != nil {
 		return status.Error(codes.Internal, err.Error())
 	}
-	s := &announceStream{a: a, stream: stream, caller: caller.ID, instance: instance, observed: observed}
+	s := &announceStream{
+		a: a, stream: stream, caller: caller.ID, instance: instance, observed: observed,
+		again: make(chan struct{}, 1), replaced: make(chan struct{}),
+	}
+	s.limit = a.slots.enter(s)
+	defer a.slots.leave(s) // after the endpoint is withdrawn
 	defer s.end()
 
 	requests, errs := make(chan *sallyportv1.AnnounceRequest), make(chan error, 1)
@@ -91,6 +98,12 @@ func (a *announcer) Announce(stream sallyportv1.Announcer_AnnounceServer) error 
 				return nil
 			}
 			return err
+		case <-s.again:
+			if err := s.republish(ctx); err != nil {
+				return err
+			}
+		case <-s.replaced:
+			return status.Errorf(codes.ResourceExhausted, "instance %s has opened %d newer streams", instance, maxStreamsPerInstance)
 		case <-lost:
 			return status.Error(codes.Unavailable, "announce again")
 		case <-a.drain:
@@ -124,6 +137,9 @@ type announceStream struct {
 	instance string
 	observed netip.Addr
 
+	limit     *rate.Limiter
+	again     chan struct{} // one slot: a newer stream of this instance has ended
+	replaced  chan struct{} // closed when the instance has too many streams
 	published record
 	rev       int64 // of published; zero: nothing is
 	keep      bool  // leave the endpoint in place when the stream ends
@@ -140,18 +156,36 @@ func (s *announceStream) handle(ctx context.Context, req *sallyportv1.AnnounceRe
 	if err != nil {
 		return err
 	}
+	if err := s.limit.Wait(ctx); err != nil {
+		return status.FromContextError(ctx.Err()).Err()
+	}
 	if s.rev != 0 && r.key() != s.published.key() {
 		if err := s.withdraw(ctx); err != nil {
 			return status.Errorf(codes.Unavailable, "withdrawing the endpoint: %v", err)
 		}
 	}
+	if err := s.publish(ctx, r); err != nil {
+		return err
+	}
+	return s.stream.Send(&sallyportv1.AnnounceResponse{Published: r.Addr.String()})
+}
+
+func (s *announceStream) publish(ctx context.Context, r record) error {
 	rev, err := s.a.endpoints.publish(ctx, r)
 	if err != nil {
 		return status.Errorf(codes.Unavailable, "publishing the endpoint: %v", err)
 	}
 	s.published, s.rev = r, rev
 	s.a.log.Debug("endpoint announced", "id", s.caller, "instance", s.instance, "address", r.Addr)
-	return s.stream.Send(&sallyportv1.AnnounceResponse{Published: r.Addr.String()})
+	return nil
+}
+
+// republish says again what a newer stream, now over, had replaced.
+func (s *announceStream) republish(ctx context.Context) error {
+	if s.rev == 0 {
+		return nil
+	}
+	return s.publish(ctx, s.published)
 }
 
 // check holds the request against what the caller may say.

@@ -133,8 +133,8 @@ func TestEndpointLivesAsLongAsItsStream(t *testing.T) {
 	wantEndpoints(t, m)
 }
 
-// TestEndpointOfRemovedWorkload: a workload that is no more has no endpoint and
-// no stream.
+// TestEndpointOfRemovedWorkload: a workload that is no more has no endpoint, and
+// its streams end without being asked anything.
 func TestEndpointOfRemovedWorkload(t *testing.T) {
 	m := meshtest.New(t, meshtest.Config{Files: files()})
 	s := announce(t, m, "server")
@@ -149,7 +149,51 @@ func TestEndpointOfRemovedWorkload(t *testing.T) {
 		}
 		return err
 	})
-	if _, code := ask(t, s, &sallyportv1.AnnounceRequest{TunnelPort: 1112}); code != codes.PermissionDenied {
-		t.Errorf("announcing for a removed workload: %v, want PermissionDenied", code)
+	if _, err := s.Recv(); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("the stream of a removed workload: %v, want PermissionDenied", err)
 	}
+}
+
+// TestReplacedEndpointComesBack: a second sidecar with the same instance takes
+// the endpoint over; when it ends, the first one's is back.
+func TestReplacedEndpointComesBack(t *testing.T) {
+	m := meshtest.New(t, meshtest.Config{Files: files()})
+	a := m.Agent("server")
+	open := func(port uint32) func() {
+		conn, err := a.Dial(t.Context())
+		require.NoError(t, err)
+		s, err := sallyportv1.NewAnnouncerClient(conn).Announce(t.Context())
+		require.NoError(t, err)
+		if got, code := ask(t, s, &sallyportv1.AnnounceRequest{TunnelPort: port, Ports: []uint32{8080}}); code != codes.OK {
+			t.Fatalf("announcing: %q %v", got, code)
+		}
+		return func() { _ = conn.Close() }
+	}
+	defer open(1111)()
+	closeSecond := open(2222)
+	wantEndpoints(t, m, "127.0.0.1:2222")
+	closeSecond()
+	wantEndpoints(t, m, "127.0.0.1:1111")
+}
+
+// TestStreamsPerInstance: an instance holds three streams at most, the oldest
+// goes; the endpoint is the newest one's.
+func TestStreamsPerInstance(t *testing.T) {
+	m := meshtest.New(t, meshtest.Config{Files: files()})
+	conn := m.Dial(m.Agent("server"))
+	var first sallyportv1.Announcer_AnnounceClient
+	for i := range 4 {
+		s, err := sallyportv1.NewAnnouncerClient(conn).Announce(t.Context())
+		require.NoError(t, err)
+		if got, code := ask(t, s, &sallyportv1.AnnounceRequest{TunnelPort: uint32(1000 + i), Ports: []uint32{8080}}); code != codes.OK {
+			t.Fatalf("announcing: %q %v", got, code)
+		}
+		if i == 0 {
+			first = s
+		}
+	}
+	if _, err := first.Recv(); status.Code(err) != codes.ResourceExhausted {
+		t.Errorf("the oldest of four streams: %v, want ResourceExhausted", err)
+	}
+	wantEndpoints(t, m, "127.0.0.1:1003")
 }

@@ -3,11 +3,15 @@ package controlplane
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net"
 	"os/user"
+	"slices"
 	"strconv"
+	"sync"
 	"time"
 
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -19,16 +23,31 @@ import (
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
-// anonymousMethods are the RPCs that may be called without an SVID. Everything
-// else on the network port needs one: a method that is added later is closed
-// until it is listed here.
+// anonymousMethod reports whether an RPC may be called without an SVID.
+// Everything else on the network port needs one: a method that is added later
+// is closed until it is listed here.
 func anonymousMethod(full string) bool {
 	return full == sallyportv1.Enrollment_Enroll_FullMethodName
 }
 
+// orphanMethod reports whether an RPC is open to an SVID whose workload is no
+// more. ADS is: there it learns that everything is denied now.
+func orphanMethod(full string) bool {
+	return full == discoveryv3.AggregatedDiscoveryService_DeltaAggregatedResources_FullMethodName
+}
+
+// authenticator decides who may call what on the network port.
+type authenticator struct {
+	member func(identity.Peer) error // nil: its workload exists
+	now    func() time.Time
+
+	mu      sync.Mutex
+	streams map[*authenticatedStream]struct{} // guarded by mu; those that end with their workload
+}
+
 // authenticate puts the caller that mTLS proved into the context. TLS has
 // verified the certificate already; this reads the result.
-func authenticate(ctx context.Context, method string) (context.Context, error) {
+func (a *authenticator) authenticate(ctx context.Context, method string) (context.Context, error) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
 		return nil, status.Error(codes.Unauthenticated, "no transport information")
@@ -47,44 +66,91 @@ func authenticate(ctx context.Context, method string) (context.Context, error) {
 	if err != nil {
 		return nil, status.Errorf(codes.Unauthenticated, "reading the caller's identity: %v", err)
 	}
-	if time.Now().After(caller.Leaf.NotAfter) { // the connection may be older than that
+	if a.now().After(caller.Leaf.NotAfter) { // the connection may be older than that
 		return nil, errExpired()
 	}
 	if identity.Reserved(caller.ID) {
 		return nil, status.Errorf(codes.PermissionDenied, "%s is not a workload", caller.ID)
 	}
+	if !anonymousMethod(method) && !orphanMethod(method) {
+		if err := a.member(caller); err != nil {
+			return nil, err
+		}
+	}
 	return identity.ContextWithPeer(ctx, caller), nil
 }
 
-func unaryAuth(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
-	ctx, err := authenticate(ctx, info.FullMethod)
+func (a *authenticator) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+	ctx, err := a.authenticate(ctx, info.FullMethod)
 	if err != nil {
 		return nil, err
 	}
 	return next(ctx, req)
 }
 
-// streamAuth ends a stream with the SVID that opened it, whatever its handler
-// waits for: a handler that is blocked in Recv is released by the stream's end.
-func streamAuth(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
-	ctx, err := authenticate(ss.Context(), info.FullMethod)
+// stream ends a stream with the SVID that opened it, and with the caller's
+// workload, whatever its handler waits for: a handler that is blocked in Recv is
+// released by the stream's end.
+func (a *authenticator) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+	ctx, err := a.authenticate(ss.Context(), info.FullMethod)
 	if err != nil {
 		return err
 	}
-	stream := &authenticatedStream{ss, ctx}
 	caller, ok := identity.PeerFromContext(ctx)
+	s := &authenticatedStream{ServerStream: ss, ctx: ctx, caller: caller, orphaned: make(chan error, 1)}
 	if !ok {
-		return next(srv, stream)
+		return next(srv, s)
 	}
-	expired := time.NewTimer(time.Until(caller.Leaf.NotAfter))
+	if !orphanMethod(info.FullMethod) {
+		a.add(s)
+		defer a.remove(s)
+	}
+	expired := time.NewTimer(caller.Leaf.NotAfter.Sub(a.now()))
 	defer expired.Stop()
 	done := make(chan error, 1)
-	go func() { done <- next(srv, stream) }()
+	go func() { done <- next(srv, s) }()
 	select {
 	case err := <-done:
 		return err
+	case err := <-s.orphaned:
+		return err
 	case <-expired.C:
 		return errExpired()
+	}
+}
+
+func (a *authenticator) add(s *authenticatedStream) {
+	a.mu.Lock()
+	if a.streams == nil {
+		a.streams = map[*authenticatedStream]struct{}{}
+	}
+	a.streams[s] = struct{}{}
+	a.mu.Unlock()
+	a.check(s) // the workload may have gone since the caller was looked up
+}
+
+func (a *authenticator) remove(s *authenticatedStream) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.streams, s)
+}
+
+// recheck ends the streams of workloads that are no more.
+func (a *authenticator) recheck() {
+	a.mu.Lock()
+	all := slices.Collect(maps.Keys(a.streams))
+	a.mu.Unlock()
+	for _, s := range all {
+		a.check(s)
+	}
+}
+
+func (a *authenticator) check(s *authenticatedStream) {
+	if err := a.member(s.caller); err != nil {
+		select {
+		case s.orphaned <- err:
+		default: // told already
+		}
 	}
 }
 
@@ -94,7 +160,9 @@ func errExpired() error {
 
 type authenticatedStream struct {
 	grpc.ServerStream
-	ctx context.Context
+	ctx      context.Context // the stream's, with the caller in it
+	caller   identity.Peer
+	orphaned chan error // one slot: why the stream ends with the caller's workload
 }
 
 // Context returns the stream's context with the caller in it.

@@ -1,21 +1,21 @@
 package controlplane
 
 import (
-	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"go.yaml.in/yaml/v4"
+
+	"github.com/sallyport-mesh/sallyport/internal/configfile"
 )
 
 // Config configures one control-plane replica. Unknown keys are errors; paths
@@ -74,18 +74,18 @@ type Log struct {
 	Format string `yaml:"format"` // text, json. Default text
 }
 
-// LoadConfig reads a configuration file. It does not validate: flags may still
-// override it.
+// LoadConfig reads a configuration file. The error is [configfile.Mistakes]
+// where the content is to blame: every mistake, each with FILE:LINE:COL and the
+// line. It does not validate: flags may still override it.
 func LoadConfig(path string) (Config, error) {
-	var c Config
-	data, err := os.ReadFile(path)
+	f, err := configfile.Open(path)
 	if err != nil {
-		return c, fmt.Errorf("reading configuration: %w", err)
+		return Config{}, err
 	}
-	dec := yaml.NewDecoder(bytes.NewReader(data))
-	dec.KnownFields(true)
-	if err := dec.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
-		return c, fmt.Errorf("%s: %w", path, err)
+	var c Config
+	f.Decode(&c)
+	if err := f.Err(); err != nil {
+		return Config{}, err
 	}
 	dir := filepath.Dir(path)
 	for _, p := range []*string{&c.DataDir, &c.AdminSocket, &c.PolicyDir, &c.Etcd.CAFile, &c.Etcd.CertFile, &c.Etcd.KeyFile} {
@@ -162,6 +162,13 @@ func (c Config) Validate() error {
 	}
 	if c.Log.Format != "text" && c.Log.Format != "json" {
 		errs = append(errs, fmt.Errorf("log.format %q: want text or json", c.Log.Format))
+	}
+	if c.Etcd.CAFile != "" || c.Etcd.CertFile != "" {
+		for _, e := range c.Etcd.Endpoints {
+			if strings.HasPrefix(e, "http://") {
+				errs = append(errs, fmt.Errorf("etcd.endpoints: %s would not use the TLS files that are configured; write https://", e))
+			}
+		}
 	}
 	if c.CA.SVIDTTL < time.Second {
 		errs = append(errs, fmt.Errorf("ca.svidTTL %v: at least 1s", c.CA.SVIDTTL))

@@ -3,12 +3,15 @@ package controlplane_test
 import (
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/sallyport-mesh/sallyport/internal/configfile"
 	"github.com/sallyport-mesh/sallyport/internal/controlplane"
 )
 
@@ -24,17 +27,28 @@ func TestLoadConfig(t *testing.T) {
 	if c.CA.SVIDTTL != time.Hour || len(c.Announce.Ranges) != 1 {
 		t.Errorf("read %+v", c)
 	}
-	for content, want := range map[string]string{
-		"dataDirectory: x\n":                       "dataDirectory",
-		"dataDir: [\n":                             path,
-		"announce: {ranges: [ten]}\n":              "ten",
-		"ca: {svidTTL: soon}\n":                    "soon",
-		"dataDir: x\ndataDir: y\n":                 "dataDir",
-		"trustDomain: a\nlisten: {gprc: \":1\"}\n": "gprc",
+	for _, c := range []struct{ content, want string }{
+		{"foo: x\n", ":1:1: unknown key \"foo\"\n    foo: x\n    ^\n    hint: keys here are trustDomain, dataDir"},
+		{"dataDirectory: x\n", ":1:1: unknown key \"dataDirectory\""},
+		{"dataDir: [\n", ":1:10: not valid YAML"},
+		{"dataDir: [a]\n", ":1:10: dataDir: want a single value, not a list"},
+		{"announce: {ranges: [ten]}\n", ":1:21: announce.ranges[0]: want an address range such as 10.0.0.0/8, not \"ten\""},
+		{"ca:\n  svidTTL: soon\n", ":2:12: ca.svidTTL: want a duration such as 30s or 1h, not \"soon\"\n      svidTTL: soon\n               ^"},
+		{"dataDir: x\ndataDir: y\n", ":2:1: key \"dataDir\" is on line 1 already"},
+		{"trustDomain: a\nlisten: {gprc: \":1\"}\n", ":2:10: unknown key \"gprc\" in listen"},
+		{"trustDomain: a\nlisten: {gprc: \":1\"}\n", "hint: did you mean \"grpc\"?"},
+		{"foo: x\nca: {rootTTL: 1}\n", ":2:15: ca.rootTTL: want a duration"}, // an unknown key hides nothing
+		{"etcd: {endpoints: x}\n", "etcd.endpoints: want a list such as [a, b], not \"x\""},
+		{"log: debug\n", ":1:6: log: want keys with values, not \"debug\""},
 	} {
-		write(content)
-		if _, err := controlplane.LoadConfig(path); err == nil || !strings.Contains(err.Error(), want) {
-			t.Errorf("%q: %v, want an error that says %q", content, err, want)
+		write(c.content)
+		_, err := controlplane.LoadConfig(path)
+		want := c.want
+		if strings.HasPrefix(want, ":") {
+			want = path + want
+		}
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "controlplane.Config") {
+			t.Errorf("%q: got %v\nwant %s", c.content, err, want)
 		}
 	}
 }
@@ -47,6 +61,7 @@ func TestValidateNamesTheKey(t *testing.T) {
 		"adminSocket":        func(c *controlplane.Config) { c.AdminSocket = "/" + strings.Repeat("x", 107) },
 		"policyDir":          func(c *controlplane.Config) { c.PolicyDir = "/nowhere/at/all" },
 		"certFile":           func(c *controlplane.Config) { c.Etcd.CertFile = "x" },
+		"https://":           func(c *controlplane.Config) { c.Etcd.CAFile, c.Etcd.Endpoints = "x", []string{"http://a:1"} },
 		"ca.svidTTL":         func(c *controlplane.Config) { c.CA.SVIDTTL = time.Millisecond },
 		"ca.intermediateTTL": func(c *controlplane.Config) { c.CA.IntermediateTTL = time.Hour },
 		"ca.rootTTL":         func(c *controlplane.Config) { c.CA.RootTTL = 24 * time.Hour },
@@ -59,5 +74,21 @@ func TestValidateNamesTheKey(t *testing.T) {
 		if err := c.Validate(); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want an error that names %s", err, want)
 		}
+	}
+}
+
+// TestManualHasEveryKey compares the table of keys in the manual with what is
+// read.
+func TestManualHasEveryKey(t *testing.T) {
+	manual, err := os.ReadFile("../../docs/controlplane.md")
+	require.NoError(t, err)
+	_, section, _ := strings.Cut(string(manual), "\n## controlplane.yaml\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	var got []string
+	for _, row := range regexp.MustCompile("(?m)^\\| `([^`]+)` \\|").FindAllStringSubmatch(section, -1) {
+		got = append(got, row[1])
+	}
+	if want := configfile.Keys(controlplane.Config{}); !slices.Equal(got, want) {
+		t.Errorf("docs/controlplane.md has\n%q, want\n%q", got, want)
 	}
 }

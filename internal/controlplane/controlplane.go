@@ -24,6 +24,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/admin"
@@ -65,6 +67,7 @@ type ControlPlane struct {
 	flows      *insight.Collector
 	endpoints  *endpoints
 	announcer  *announcer
+	auth       *authenticator
 	reconciler *reconciler
 	health     *admin.Health
 	metrics    *prometheus.Registry
@@ -152,7 +155,11 @@ func (c *ControlPlane) build() {
 	c.registry = registry.New(registry.Config{Store: c.store, Audit: c.audit, RootHash: c.ca.RootHash, Now: now, Log: c.log})
 	c.catalog = catalog.New(catalog.Config{Store: c.store, Audit: c.audit, TrustDomain: td, Now: now, Log: c.log.Named("catalog")})
 	c.flows = insight.New(insight.Config{Registry: c.metrics, Log: c.log.Named("flows")})
-	c.xds = xds.NewServer(xds.ServerConfig{Log: c.log.Named("xds"), Now: now, Authorize: c.authorize})
+	c.xds = xds.NewServer(xds.ServerConfig{
+		Log: c.log.Named("xds"), Now: now,
+		InstanceOf: func(p identity.Peer) string { return ca.Instance(p.Leaf) },
+	})
+	c.auth = &authenticator{member: c.member, now: now}
 	c.reconciler = newReconciler(td, c.publish, c.registry.SetWorkloads, c.log.Named("reconcile"))
 	c.endpoints = &endpoints{store: c.store, log: c.log.Named("endpoints"), renew: leaseRenew}
 	c.announcer = &announcer{
@@ -162,10 +169,14 @@ func (c *ControlPlane) build() {
 	c.registerMetrics()
 }
 
-// authorize admits the sidecars of workloads that exist.
-func (c *ControlPlane) authorize(p identity.Peer) error {
+// member is nil if the caller's workload exists. Before the first snapshot nobody
+// knows; that is an error that invites another try.
+func (c *ControlPlane) member(p identity.Peer) error {
+	if c.reconciler.current() == nil {
+		return errStarting()
+	}
 	if _, ok := c.declaredPorts(p.ID); !ok {
-		return fmt.Errorf("no Workload has the ID %s", p.ID)
+		return status.Errorf(codes.PermissionDenied, "no Workload has the ID %s", p.ID)
 	}
 	return nil
 }
@@ -186,22 +197,18 @@ func (c *ControlPlane) instanceOf(ctx context.Context, p identity.Peer) (string,
 	return name, c.registry.Entitled(ctx, p.ID, name)
 }
 
-// publish hands a snapshot to the sidecars and cuts those whose workload is gone.
+// publish hands a snapshot to the sidecars. One whose workload is no more gets a
+// view in which everything is denied; its other streams end.
 func (c *ControlPlane) publish(s *xds.Snapshot) {
 	c.xds.SetSnapshot(s)
-	for _, n := range c.xds.Nodes() {
-		if _, ok := s.Services[n.ID]; !ok {
-			c.log.Info("closing the streams of a workload that is no more", "id", n.ID)
-			c.xds.Disconnect(n.ID)
-		}
-	}
+	c.auth.recheck()
 	c.health.Set(componentXDS, admin.OK, "")
 }
 
 func (c *ControlPlane) grpcServer() *grpc.Server {
 	s := grpc.NewServer(append(networkServerOptions(),
 		grpc.Creds(serverCredentials(identity.TLSConfig{Source: c.ca.ServerSVID(), Now: c.opts.Now})),
-		grpc.ChainUnaryInterceptor(unaryAuth), grpc.ChainStreamInterceptor(streamAuth))...)
+		grpc.ChainUnaryInterceptor(c.auth.unary), grpc.ChainStreamInterceptor(c.auth.stream))...)
 	sallyportv1.RegisterEnrollmentServer(s, issuer.New(issuer.Config{CA: c.ca, Registry: c.registry, Audit: c.audit, Now: c.opts.Now, Log: c.log.Named("issuer")}))
 	sallyportv1.RegisterAnnouncerServer(s, c.announcer)
 	discoveryv3.RegisterAggregatedDiscoveryServiceServer(s, c.xds)

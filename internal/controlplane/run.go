@@ -30,7 +30,11 @@ const (
 	// set there may be and some room.
 	maxAdminMessage = 64 << 20
 	// maxNetworkMessage bounds what a sidecar may send, in bytes.
-	maxNetworkMessage = 4 << 20
+	maxNetworkMessage = 2 << 20
+	// maxHeaders bounds the header fields of one RPC, in bytes.
+	maxHeaders = 32 << 10
+	// idleLimit ends connections without a stream: a sidecar always has some.
+	idleLimit = 30 * time.Second
 	// pingEvery and pingTimeout find a sidecar that vanished from the network:
 	// both together stay below the 15 s in which its endpoint must be gone.
 	pingEvery   = 5 * time.Second
@@ -46,9 +50,9 @@ const (
 // stream.
 func networkServerOptions() []grpc.ServerOption {
 	return []grpc.ServerOption{
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingEvery, Timeout: pingTimeout}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
-		grpc.MaxRecvMsgSize(maxNetworkMessage),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingEvery, Timeout: pingTimeout, MaxConnectionIdle: idleLimit}),
+		grpc.MaxRecvMsgSize(maxNetworkMessage), grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxConcurrentStreams(16),
 		grpc.ConnectionTimeout(10 * time.Second),
 		grpc.ReadBufferSize(4 << 10), grpc.WriteBufferSize(4 << 10),

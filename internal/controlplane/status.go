@@ -43,14 +43,17 @@ func (s *statusReporter) report(ctx context.Context) (*sallyportv1.StatusRespons
 		Started: timestamppb.New(s.started), PolicySource: s.source, Authorities: s.authorities(),
 	}
 	if p := s.problem(); p != "" {
-		resp.Problems = append(resp.Problems, "the policy folder is not in force as it stands; the last good files are:\n"+p)
+		resp.Problems = append(resp.Problems, p)
 	}
 	if state.Rev.N == 0 {
 		resp.Problems = append(resp.Problems, "no policy was ever applied, so nobody can enrol: sallyport apply DIR")
 	}
-	nodes := map[string]xds.NodeStatus{} // :: instance → stream
+	nodes := map[node]xds.NodeStatus{}
 	for _, n := range s.xds.Nodes() {
-		nodes[n.Instance] = n
+		nodes[node{n.ID, n.Instance}] = n
+		if n.Unknown {
+			resp.Problems = append(resp.Problems, fmt.Sprintf("a sidecar of %s is connected, but no Workload has this ID; everything is denied to it: stop it", n))
+		}
 	}
 	byID := map[spiffeid.ID][]registry.Instance{} // :: workload → instances
 	for _, i := range instances {
@@ -64,14 +67,20 @@ func (s *statusReporter) report(ctx context.Context) (*sallyportv1.StatusRespons
 			ws.Instances = append(ws.Instances, instanceStatus(i, nodes, endpoints[w.ID]))
 		}
 		resp.Workloads = append(resp.Workloads, ws)
-		resp.Problems = append(resp.Problems, s.problems(w, ws, state.Rev.String())...)
+		resp.Problems = append(resp.Problems, problems(w, ws, endpoints[w.ID], state.Rev.String())...)
 	}
 	return resp, nil
 }
 
-func instanceStatus(i registry.Instance, nodes map[string]xds.NodeStatus, eps []xds.Endpoint) *sallyportv1.InstanceStatus {
+// node is one sidecar: its certificate says both.
+type node struct {
+	id       spiffeid.ID
+	instance string
+}
+
+func instanceStatus(i registry.Instance, nodes map[node]xds.NodeStatus, eps []xds.Endpoint) *sallyportv1.InstanceStatus {
 	out := &sallyportv1.InstanceStatus{Instance: i.Name}
-	if n, ok := nodes[i.Name]; ok {
+	if n, ok := nodes[node{i.ID, i.Name}]; ok {
 		out.SvidExpires = timestamppb.New(n.SVIDExpires)
 		out.Connected, out.Acked, out.Nack = true, n.Acked.String(), n.Nack
 	}
@@ -84,9 +93,16 @@ func instanceStatus(i registry.Instance, nodes map[string]xds.NodeStatus, eps []
 }
 
 // problems says what is wrong with one workload, each with what to do.
-func (s *statusReporter) problems(w policy.CompiledWorkload, ws *sallyportv1.WorkloadStatus, rev string) []string {
+func problems(w policy.CompiledWorkload, ws *sallyportv1.WorkloadStatus, eps []xds.Endpoint, rev string) []string {
 	var out []string
-	connected := 0
+	connected, announced := 0, 0
+	served := map[uint16]bool{} // :: port → some instance announces it
+	for _, ep := range eps {
+		announced++
+		for _, p := range ep.Ports {
+			served[p] = true
+		}
+	}
 	for _, i := range ws.GetInstances() {
 		if i.GetConnected() {
 			connected++
@@ -98,8 +114,13 @@ func (s *statusReporter) problems(w policy.CompiledWorkload, ws *sallyportv1.Wor
 			out = append(out, fmt.Sprintf("%s (%s) is connected but has announced no endpoint: look at its sidecar's /healthz", w.Name, i.GetInstance()))
 		}
 	}
+	for _, p := range w.Ports {
+		if announced > 0 && !served[p.Number] {
+			out = append(out, fmt.Sprintf("%s: no instance serves its port %s (%d): name it under app in the sidecar's configuration", w.Name, p.Name, p.Number))
+		}
+	}
 	if n := len(ws.GetInstances()); n > 0 && connected == 0 && len(w.Ports) > 0 {
-		out = append(out, fmt.Sprintf("%s: none of its %d instances is connected: start its sidecar, or look at the sidecar's log", w.Name, n))
+		out = append(out, fmt.Sprintf("%s: no instance is connected (%d enrolled): start its sidecar, or look at the sidecar's log", w.Name, n))
 	}
 	return out
 }

@@ -158,9 +158,13 @@ type evidence struct {
 }
 
 // evidence finds out which key must answer the challenge. A join token is not
-// spent before its sidecar has proved that it holds the key to be registered.
+// spent before its sidecar has proved that it holds the key to be registered, but
+// nobody without one is waited for.
 func (s *Service) evidence(ctx context.Context, h *hello) (*evidence, error) {
 	if h.token != nil {
+		if err := s.cfg.Registry.CheckToken(ctx, h.token.GetId(), h.token.GetSecret()); err != nil {
+			return nil, err
+		}
 		return &evidence{attest.KindJoinToken, h.newKey, func(ctx context.Context, origin string) (registry.Instance, error) {
 			return s.cfg.Registry.Redeem(ctx, registry.Redemption{
 				TokenID: h.token.GetId(), Secret: h.token.GetSecret(), Key: h.newKey, Origin: origin,

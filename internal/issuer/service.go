@@ -13,10 +13,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -29,9 +31,11 @@ import (
 )
 
 const (
-	// enrollDeadline is how long one enrolment may take, silence included.
+	// enrollDeadline is how long one enrolment may take, and silence how long the
+	// client may be silent when it is its turn.
 	enrollDeadline = 10 * time.Second
-	// maxEnrolling bounds the enrolments in progress: anyone may open one.
+	silence        = 3 * time.Second
+	// maxEnrolling bounds the enrolments in progress after their Hello.
 	maxEnrolling = 512
 )
 
@@ -49,8 +53,14 @@ type Service struct {
 	sallyportv1.UnimplementedEnrollmentServer
 	cfg      Config
 	log      hclog.Logger
+	lobby    lobby         // streams that have no Hello yet
 	slots    chan struct{} // one per enrolment in progress
 	deadline time.Duration
+	silence  time.Duration
+
+	enrolments, renewals limiter
+	refusals             *rate.Limiter // of log lines
+	unlogged             atomic.Uint64 // refusals since the last line
 }
 
 var _ sallyportv1.EnrollmentServer = (*Service)(nil)
@@ -63,32 +73,40 @@ func New(cfg Config) *Service {
 	if cfg.Log == nil {
 		cfg.Log = hclog.NewNullLogger()
 	}
-	return &Service{cfg: cfg, log: cfg.Log.Named("issuer"), slots: make(chan struct{}, maxEnrolling), deadline: enrollDeadline}
+	return &Service{
+		cfg: cfg, log: cfg.Log.Named("issuer"),
+		slots: make(chan struct{}, maxEnrolling), deadline: enrollDeadline, silence: silence,
+		enrolments: limiter{rate: rate.Every(enrollEvery), burst: enrollBurst},
+		renewals:   limiter{rate: renewRate, burst: renewBurst},
+		refusals:   rate.NewLimiter(refusalRate, refusalRate),
+	}
 }
 
 // Enroll conducts one enrolment: Hello, Challenge, Proof, Issued, and nothing
-// else in between. It ends after 10 seconds whatever the client does.
+// else in between. It ends after 10 seconds, or 3 of silence, whatever the client
+// does.
 func (s *Service) Enroll(stream sallyportv1.Enrollment_EnrollServer) error {
-	select {
-	case s.slots <- struct{}{}:
-		defer func() { <-s.slots }()
-	default:
-		return toStatus(errBusy)
-	}
 	ctx, cancel := context.WithTimeout(stream.Context(), s.deadline)
 	defer cancel()
 	origin := originOf(ctx)
-	if err := s.enroll(ctx, dialogue{stream}, origin); err != nil {
-		s.log.Info("enrolment refused", "origin", origin, "reason", err)
+	if err := s.enroll(ctx, dialogue{stream, s.silence}, origin); err != nil {
+		s.refused("enrolment refused", origin, err)
 		return toStatus(err)
 	}
 	return nil
 }
 
 func (s *Service) enroll(ctx context.Context, d dialogue, origin string) error {
-	msg, err := d.recv(ctx)
+	msg, err := s.recvHello(ctx, d, origin)
 	if err != nil {
 		return err
+	}
+	// Not before: a slot is for those who said something.
+	select {
+	case s.slots <- struct{}{}:
+		defer func() { <-s.slots }()
+	default:
+		return errBusy
 	}
 	h, err := s.readHello(msg)
 	if err != nil {
@@ -119,19 +137,37 @@ func (s *Service) enroll(ctx context.Context, d dialogue, origin string) error {
 	if err != nil {
 		return err
 	}
+	if !s.enrolments.allow(inst.Name, s.cfg.Now()) {
+		return fmt.Errorf("instance %s: %w", inst.Name, errTooOften)
+	}
 	svid, err := s.issue(ctx, inst.ID, inst.Name, h.key)
 	if err != nil {
 		return err
 	}
 	// Recorded before it is sent: no SVID of an enrolment leaves unrecorded.
 	if err := s.cfg.Audit.Append(ctx, audit.Record{
-		Actor: inst.ID.String(), Origin: origin, Action: "svid.issue", Subject: inst.ID.String(),
+		Actor: inst.ID.String(), Origin: origin, Action: audit.ActionIssue, Subject: inst.ID.String(),
 		Detail: "by " + ev.kind + ", instance " + inst.Name, Result: "serial " + svid.serial,
 	}); err != nil {
 		return err
 	}
 	s.log.Info("enrolled", "spiffe_id", inst.ID, "instance", inst.Name, "evidence", ev.kind, "serial", svid.serial, "origin", origin)
 	return d.issued(svid.SVID)
+}
+
+func (s *Service) recvHello(ctx context.Context, d dialogue, origin string) (*sallyportv1.EnrollRequest, error) {
+	ctx, leave := s.lobby.enter(ctx, hostOf(origin))
+	defer leave()
+	return d.recv(ctx)
+}
+
+// refused logs a refusal, and counts those for which there is no line.
+func (s *Service) refused(message, origin string, reason error) {
+	if !s.refusals.AllowN(s.cfg.Now(), 1) {
+		s.unlogged.Add(1)
+		return
+	}
+	s.log.Info(message, "origin", origin, "reason", reason, "unlogged_before", s.unlogged.Swap(0))
 }
 
 // Renew issues a new SVID to the caller for a fresh key. The instance is the one
@@ -143,7 +179,7 @@ func (s *Service) Renew(ctx context.Context, req *sallyportv1.RenewRequest) (*sa
 	defer cancel()
 	svid, err := s.renew(ctx, req)
 	if err != nil {
-		s.log.Info("renewal refused", "origin", originOf(ctx), "reason", err)
+		s.refused("renewal refused", originOf(ctx), err)
 		return nil, toStatus(err)
 	}
 	return &sallyportv1.RenewResponse{Svid: svid.SVID}, nil
@@ -157,6 +193,10 @@ func (s *Service) renew(ctx context.Context, req *sallyportv1.RenewRequest) (*is
 	if now := s.cfg.Now(); now.After(caller.Leaf.NotAfter) { // the connection may be older than that
 		return nil, fmt.Errorf("%w at %s; enrol again", errExpired, caller.Leaf.NotAfter.Format(time.RFC3339))
 	}
+	instance := ca.Instance(caller.Leaf)
+	if !s.renewals.allow(instance, s.cfg.Now()) {
+		return nil, fmt.Errorf("instance %s: %w", instance, errTooOften)
+	}
 	if err := checkMessage(req); err != nil {
 		return nil, err
 	}
@@ -164,7 +204,6 @@ func (s *Service) renew(ctx context.Context, req *sallyportv1.RenewRequest) (*is
 	if err != nil {
 		return nil, err
 	}
-	instance := ca.Instance(caller.Leaf)
 	if err := s.cfg.Registry.Entitled(ctx, caller.ID, instance); err != nil {
 		return nil, err
 	}
@@ -205,13 +244,16 @@ func originOf(ctx context.Context) string {
 
 // dialogue is the server's side of an Enroll stream.
 type dialogue struct {
-	stream sallyportv1.Enrollment_EnrollServer
+	stream  sallyportv1.Enrollment_EnrollServer
+	silence time.Duration // how long the client may be silent
 }
 
-// recv waits for the next message until ctx ends. gRPC has no receive with a
+// recv waits for the next message until silence is over or ctx ends. gRPC has no receive with a
 // deadline: when ctx ends first, the goroutine here ends with the stream, which
 // the caller ends by returning.
 func (d dialogue) recv(ctx context.Context) (*sallyportv1.EnrollRequest, error) {
+	ctx, cancel := context.WithTimeout(ctx, d.silence)
+	defer cancel()
 	type result struct {
 		msg *sallyportv1.EnrollRequest
 		err error
@@ -223,7 +265,7 @@ func (d dialogue) recv(ctx context.Context) (*sallyportv1.EnrollRequest, error) 
 	}()
 	select {
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		return nil, context.Cause(ctx)
 	case r := <-got:
 		if errors.Is(r.err, io.EOF) {
 			return nil, malformed("the client ended the enrolment half-way")

@@ -143,7 +143,7 @@ type attempt struct {
 
 func (s *server) tokenAttempt(t *testing.T) *attempt {
 	t.Helper()
-	created, err := s.registry.CreateToken(t.Context(), "payments", 0, "alice")
+	created, err := s.registry.CreateToken(t.Context(), registry.TokenRequest{Workload: "payments", Actor: "alice"})
 	require.NoError(t, err)
 	tok, err := attest.ParseToken(created.Token)
 	require.NoError(t, err)
@@ -433,7 +433,7 @@ func TestEnrollIsOneFlowOnly(t *testing.T) {
 
 func TestSilentEnrolmentEnds(t *testing.T) {
 	s := newServer(t)
-	s.deadline = 50 * time.Millisecond
+	s.silence = 50 * time.Millisecond
 	stream, err := s.client(t, nil).Enroll(t.Context())
 	require.NoError(t, err)
 	if _, err := stream.Recv(); status.Code(err) != codes.DeadlineExceeded {

@@ -15,6 +15,7 @@ import (
 var (
 	errMalformed = errors.New("malformed enrolment message")
 	errBusy      = errors.New("too many enrolments in progress; try again")
+	errTooOften  = errors.New("SVIDs are asked for too often; try again in some seconds")
 	errAnonymous = errors.New("renewing needs an SVID; enrol first")
 	errExpired   = errors.New("the SVID of this connection expired")
 	errClock     = errors.New("clock skew")
@@ -37,7 +38,7 @@ func toStatus(err error) error {
 	}{
 		{codes.InvalidArgument, []error{errMalformed}},
 		{codes.FailedPrecondition, []error{errClock}},
-		{codes.ResourceExhausted, []error{errBusy}},
+		{codes.ResourceExhausted, []error{errBusy, errTooOften}},
 		{codes.Unavailable, []error{registry.ErrNotReady}},
 		{codes.Unauthenticated, []error{
 			errAnonymous, errExpired, attest.ErrBadProof, registry.ErrUnknownToken, registry.ErrTokenUsed,

@@ -3,15 +3,16 @@ package sidecar
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"go.yaml.in/yaml/v4"
 
 	"github.com/sallyport-mesh/sallyport/internal/proxy"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
@@ -47,8 +48,8 @@ func (c *Config) check() []mistake {
 		_, err := netip.ParseAddr(c.Tunnel.Advertise)
 		fail("tunnel.advertise", orElse(err, "want an IP address without a port"))
 	}
-	for name, addr := range c.App {
-		_, err := app(name, addr)
+	for _, name := range slices.Sorted(maps.Keys(c.App)) {
+		_, err := app(name, c.App[name])
 		fail("app."+name, err)
 	}
 	c.checkOutbound(fail)
@@ -165,38 +166,4 @@ func orElse(err error, words string) error {
 		return nil
 	}
 	return errors.New(words)
-}
-
-// lineOf finds the line of a key such as "outbound[0].to", or of the nearest
-// key above it that is there; 1 when none is.
-func lineOf(doc *yaml.Node, key string) int {
-	line, n := 1, doc
-	if n.Kind == yaml.DocumentNode && len(n.Content) > 0 {
-		n = n.Content[0]
-	}
-	for _, part := range strings.Split(strings.ReplaceAll(key, "[", "."), ".") {
-		next := child(n, strings.TrimSuffix(part, "]"))
-		if next == nil {
-			break
-		}
-		line, n = next.Line, next
-	}
-	return line
-}
-
-// child finds a mapping's value by key or a sequence's element by number.
-func child(n *yaml.Node, name string) *yaml.Node {
-	switch n.Kind {
-	case yaml.MappingNode:
-		for i := 0; i+1 < len(n.Content); i += 2 {
-			if n.Content[i].Value == name {
-				return n.Content[i+1]
-			}
-		}
-	case yaml.SequenceNode:
-		if i, err := strconv.Atoi(name); err == nil && i >= 0 && i < len(n.Content) {
-			return n.Content[i]
-		}
-	}
-	return nil
 }

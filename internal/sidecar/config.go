@@ -1,20 +1,12 @@
 package sidecar
 
 import (
-	"bytes"
-	"errors"
-	"fmt"
-	"io"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
 
-	"go.yaml.in/yaml/v4"
+	"github.com/sallyport-mesh/sallyport/internal/configfile"
 )
-
-// maxConfig bounds a configuration file, in bytes.
-const maxConfig = 1 << 20
 
 // Config configures one sidecar. It is read from YAML by [Load]; unknown keys
 // are errors. Relative paths are relative to the configuration file's folder.
@@ -86,46 +78,34 @@ func Default() Config {
 	}
 }
 
-// Load reads and checks the configuration file at path. The error names every
-// mistake, one FILE:LINE to a line.
+// Load reads and checks the configuration file at path. The error is
+// [configfile.Mistakes] where the content is to blame: every mistake, each with
+// FILE:LINE:COL and the line.
 func Load(path string) (Config, error) {
-	f, err := os.Open(path)
+	f, err := configfile.Open(path)
 	if err != nil {
-		return Config{}, fmt.Errorf("reading configuration: %w", err)
+		return Config{}, err
 	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
-	if err != nil {
-		return Config{}, fmt.Errorf("reading configuration %s: %w", path, err)
-	}
-	return parse(path, data)
+	return read(path, f)
 }
 
-// parse reads the content of the file at path.
+// parse is Load without the disk.
 func parse(path string, data []byte) (Config, error) {
-	if len(data) > maxConfig {
-		return Config{}, fmt.Errorf("%s: more than %d bytes; is this a configuration file?", path, maxConfig)
+	f, err := configfile.Parse(path, data)
+	if err != nil {
+		return Config{}, err
 	}
+	return read(path, f)
+}
+
+func read(path string, f *configfile.File) (Config, error) {
 	c := Default()
-	var doc yaml.Node
-	dec := yaml.NewDecoder(bytes.NewReader(data))
-	if err := dec.Decode(&doc); err != nil && !errors.Is(err, io.EOF) {
-		return Config{}, yamlErrors(path, err)
-	}
-	if err := dec.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
-		return Config{}, fmt.Errorf("%s: more than one YAML document", path)
-	}
-	strict := yaml.NewDecoder(bytes.NewReader(data))
-	strict.KnownFields(true)
-	if err := strict.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
-		return Config{}, yamlErrors(path, err)
-	}
+	f.Decode(&c)
 	c.resolve(filepath.Dir(path))
-	var errs []error
 	for _, m := range c.check() {
-		errs = append(errs, fmt.Errorf("%s:%d: %s: %w", path, lineOf(&doc, m.key), m.key, m.err))
+		f.Report(m.key, m.err)
 	}
-	if err := errors.Join(errs...); err != nil {
+	if err := f.Err(); err != nil {
 		return Config{}, err
 	}
 	return c, nil
@@ -151,35 +131,4 @@ func (c *Config) resolve(dir string) {
 	for i := range c.Outbound {
 		c.Outbound[i].Listen = unix(c.Outbound[i].Listen)
 	}
-}
-
-// yamlErrors words what the YAML reader found as FILE:LINE lines.
-func yamlErrors(path string, err error) error {
-	var many *yaml.LoadErrors
-	var one *yaml.LoadError
-	switch {
-	case errors.As(err, &many):
-		var errs []error
-		for _, e := range many.Errors {
-			errs = append(errs, fmt.Errorf("%s:%d: %s", path, e.Mark.Line, message(e)))
-		}
-		return errors.Join(errs...)
-	case errors.As(err, &one):
-		return fmt.Errorf("%s:%d: %s", path, one.Mark.Line, message(one))
-	}
-	return fmt.Errorf("%s: %w", path, err)
-}
-
-// message drops the names of our Go types, which mean nothing to the reader.
-func message(e *yaml.LoadError) string {
-	m, _, _ := strings.Cut(e.Message, " in type sidecar.")
-	if strings.HasSuffix(m, "into time.Duration") {
-		return "want a duration with its unit, as in 30s or 1h"
-	}
-	if field, ok := strings.CutPrefix(m, "field "); ok {
-		if name, ok := strings.CutSuffix(field, " not found"); ok {
-			return fmt.Sprintf("unknown key %q", name)
-		}
-	}
-	return m
 }

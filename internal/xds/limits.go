@@ -3,7 +3,7 @@ package xds
 import (
 	"fmt"
 	"strings"
-	"unicode/utf8"
+	"unicode"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc/codes"
@@ -21,8 +21,11 @@ const (
 	maxResource = 30 << 20 // bytes of one rules resource: both fit into one response
 	splitAt     = 2 << 20  // bytes after which a response is closed and the rest follows
 
-	requestRate  = 100  // requests per second and stream, in the long run
-	requestBurst = 1000 // requests at once
+	maxNameBytes = 1 << 20 // bytes of all names that one stream makes the server remember
+	maxSiblings  = 3       // streams of one instance
+
+	requestRate  = 100 // requests per second and stream, in the long run
+	requestBurst = 50  // requests at once
 )
 
 // checkRequest refuses what no sidecar sends.
@@ -80,14 +83,14 @@ func validInstance(id string) error {
 // shortType names a type for people, as in "Cluster".
 func shortType(typeURL string) string { return typeURL[strings.LastIndexByte(typeURL, '.')+1:] }
 
-// clip makes text from outside fit for a log line: valid UTF-8, n bytes at most.
+// clip makes text from outside fit for a log line and a terminal: valid UTF-8,
+// printable, n bytes at most.
 func clip(s string, n int) string {
-	s = strings.ToValidUTF8(s, "?")
-	if len(s) <= n {
-		return s
-	}
-	for n > 0 && !utf8.RuneStart(s[n]) {
-		n--
-	}
-	return s[:n]
+	s = strings.ToValidUTF8(s[:min(len(s), n)], "?")
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return '?'
+	}, s)
 }

@@ -111,7 +111,8 @@ type sliceCache struct {
 
 // nodeSlice is one node's part of the rules, in wire form.
 type nodeSlice struct {
-	ports []policy.Port // what it was made for
+	known bool          // the snapshot has a workload of that ID
+	ports []policy.Port // what it was made for, as is known
 	once  sync.Once
 
 	err       error // set by fill, as are the fields below
@@ -122,12 +123,13 @@ type nodeSlice struct {
 // slice returns what id may know of the rules. Its error means that the node's
 // rules have no wire form; the node then keeps what it has.
 func (p *prepared) slice(id spiffeid.ID) *nodeSlice {
-	ports := p.snap.Services[id].Ports
+	service, known := p.snap.Services[id]
+	same := func(n *nodeSlice) bool { return n.known == known && slices.Equal(n.ports, service.Ports) }
 	for {
 		v, ok := p.slices.nodes.Load(id)
 		n, _ := v.(*nodeSlice)
-		if !ok || !slices.Equal(n.ports, ports) {
-			fresh := &nodeSlice{ports: ports}
+		if !ok || !same(n) {
+			fresh := &nodeSlice{known: known, ports: service.Ports}
 			if !ok {
 				v, _ = p.slices.nodes.LoadOrStore(id, fresh)
 			} else if !p.slices.nodes.CompareAndSwap(id, n, fresh) {
@@ -137,16 +139,18 @@ func (p *prepared) slice(id spiffeid.ID) *nodeSlice {
 			}
 			n = v.(*nodeSlice)
 		}
-		if slices.Equal(n.ports, ports) {
+		if same(n) {
 			n.once.Do(func() { n.fill(id, p.slices.rules) })
 			return n
 		}
 	}
 }
 
+// fill leaves the slice of an ID that is no workload without rules, whatever
+// patterns match it: the node lets nothing in and reaches nothing.
 func (n *nodeSlice) fill(id spiffeid.ID, rules *policy.Ruleset) {
 	var mine *policy.Ruleset
-	if rules != nil {
+	if rules != nil && n.known {
 		mine = rules.For(id)
 		for _, r := range rules.Reach(id) {
 			n.reach = append(n.reach, r.String())

@@ -22,15 +22,18 @@ import (
 // usable.
 type ServerConfig struct {
 	Log hclog.Logger // required
-	// Authorize refuses a caller that may not have a view, for example one whose
-	// workload no longer exists. Nil admits every authenticated caller. It is
-	// asked when a stream opens; [Server.Disconnect] ends streams later.
-	Authorize func(identity.Peer) error
-	Now       func() time.Time // default time.Now
+	// InstanceOf reads the instance out of the caller's certificate. A node that
+	// claims another one is refused, and an instance holds at most three streams:
+	// one more ends its oldest. Nil believes the claim.
+	InstanceOf func(identity.Peer) string
+	Now        func() time.Time // default time.Now
 
 	// AnswerTimeout is how long a node may take to receive and answer one
 	// response before its stream is cut. Default 30 s.
 	AnswerTimeout time.Duration
+	// SubscribeTimeout is how long after opening a stream may take to ask for
+	// all types before [Server.WaitAcked] goes on without it. Default 10 s.
+	SubscribeTimeout time.Duration
 	// MaxStreams is how many streams one identity may hold. Default 1,000, so
 	// the number of instances of one workload at one control plane.
 	MaxStreams int
@@ -41,7 +44,9 @@ type ServerConfig struct {
 
 // Server serves delta ADS: to each node what its own identity needs, cut from
 // the newest [Snapshot]. Who the node is, its certificate says; what it claims
-// in its requests only names its instance.
+// in its requests only names its instance. An identity that is no workload of
+// the snapshot is sent the bundles and otherwise the empty view, which lets
+// nothing in.
 //
 // Streams share nothing that they lock for longer than a map access. A change
 // sets each stream's one-slot mailbox; the stream then compares the newest
@@ -59,7 +64,14 @@ type Server struct {
 	closed  bool                       // guarded by mu
 	streams map[*stream]struct{}       // guarded by mu
 	held    map[spiffeid.ID]int        // guarded by mu :: identity → its open streams
+	proved  map[holder][]*stream       // guarded by mu :: instance → its streams, oldest first; only with cfg.InstanceOf
 	waiters map[chan struct{}]struct{} // guarded by mu; one-slot, told of each status change
+}
+
+// holder is an instance as its certificate proves it.
+type holder struct {
+	id       spiffeid.ID
+	instance string
 }
 
 var _ discoveryv3.AggregatedDiscoveryServiceServer = (*Server)(nil)
@@ -73,6 +85,9 @@ func NewServer(cfg ServerConfig) *Server {
 	if cfg.AnswerTimeout == 0 {
 		cfg.AnswerTimeout = 30 * time.Second
 	}
+	if cfg.SubscribeTimeout == 0 {
+		cfg.SubscribeTimeout = 10 * time.Second
+	}
 	if cfg.MaxStreams == 0 {
 		cfg.MaxStreams = 1000
 	}
@@ -83,6 +98,7 @@ func NewServer(cfg ServerConfig) *Server {
 		cfg:     cfg,
 		streams: make(map[*stream]struct{}),
 		held:    make(map[spiffeid.ID]int),
+		proved:  make(map[holder][]*stream),
 		waiters: make(map[chan struct{}]struct{}),
 	}
 }
@@ -119,11 +135,6 @@ func (s *Server) DeltaAggregatedResources(ads deltaStream) error {
 	if !ok || peer.Leaf == nil || peer.ID.IsZero() {
 		return status.Error(codes.Unauthenticated, "a client certificate is required")
 	}
-	if s.cfg.Authorize != nil {
-		if err := s.cfg.Authorize(peer); err != nil {
-			return status.Error(codes.PermissionDenied, err.Error())
-		}
-	}
 	st, err := s.open(peer)
 	if err != nil {
 		return err
@@ -133,6 +144,7 @@ func (s *Server) DeltaAggregatedResources(ads deltaStream) error {
 }
 
 func (s *Server) open(peer identity.Peer) (*stream, error) {
+	st := newStream(s, peer)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
@@ -141,15 +153,39 @@ func (s *Server) open(peer identity.Peer) (*stream, error) {
 	if s.held[peer.ID] >= s.cfg.MaxStreams {
 		return nil, status.Errorf(codes.ResourceExhausted, "%s holds %d streams already", peer.ID, s.cfg.MaxStreams)
 	}
-	st := newStream(s, peer)
+	if s.cfg.InstanceOf != nil {
+		s.join(st)
+	}
 	s.held[peer.ID]++
 	s.streams[st] = struct{}{}
 	s.running.Add(1)
 	return st, nil
 }
 
+// join counts st among the streams of its instance and ends the oldest if they
+// are too many: a sidecar that reconnects is never locked out by what it left
+// behind. The caller holds s.mu.
+func (s *Server) join(st *stream) {
+	h := holder{st.peer.ID, st.instance}
+	if all := s.proved[h]; len(all) == maxSiblings {
+		all[0].end(status.Error(codes.ResourceExhausted, "newer streams of the same instance took its place"))
+		s.proved[h] = all[1:]
+	}
+	s.proved[h] = append(s.proved[h], st)
+}
+
+// leave undoes join. The caller holds s.mu.
+func (s *Server) leave(st *stream) {
+	h := holder{st.peer.ID, st.instance}
+	s.proved[h] = slices.DeleteFunc(s.proved[h], func(o *stream) bool { return o == st })
+	if len(s.proved[h]) == 0 {
+		delete(s.proved, h)
+	}
+}
+
 func (s *Server) end(st *stream) {
 	s.mu.Lock()
+	s.leave(st)
 	delete(s.streams, st)
 	if s.held[st.peer.ID]--; s.held[st.peer.ID] == 0 {
 		delete(s.held, st.peer.ID)
@@ -159,33 +195,21 @@ func (s *Server) end(st *stream) {
 	s.running.Done()
 }
 
-// Disconnect cuts every stream of id now. It does not keep id from coming back;
-// ServerConfig.Authorize does.
-func (s *Server) Disconnect(id spiffeid.ID) {
-	s.cut(status.Error(codes.PermissionDenied, "disconnected by the control plane"), func(st *stream) bool { return st.peer.ID == id })
-}
-
 // Close ends every stream, refuses new ones, and returns when nothing of this
 // server runs any more.
 func (s *Server) Close() {
 	s.mu.Lock()
 	s.closed = true
 	s.mu.Unlock()
-	s.cut(status.Error(codes.Unavailable, "the control plane is stopping"), func(*stream) bool { return true })
+	s.cut(status.Error(codes.Unavailable, "the control plane is stopping"))
 	s.running.Wait()
 }
 
-func (s *Server) cut(why error, which func(*stream) bool) {
+func (s *Server) cut(why error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for st := range s.streams {
-		if !which(st) {
-			continue
-		}
-		select {
-		case st.cut <- why:
-		default: // already being cut
-		}
+		st.end(why)
 	}
 }
 
@@ -199,15 +223,24 @@ type NodeStatus struct {
 	Connected time.Time // when the stream was opened
 
 	SVIDExpires time.Time // not-after of the certificate that opened the stream
+	Unknown     bool      // its ID is no workload of the newest snapshot: it is sent the empty view
+
+	complete bool // it has asked for all types
 }
 
 // Nodes returns the status of every open stream, ordered by ID, instance and
 // age.
 func (s *Server) Nodes() []NodeStatus {
+	p := s.current.Load()
 	s.mu.Lock()
 	out := make([]NodeStatus, 0, len(s.streams))
 	for st := range s.streams {
-		out = append(out, st.currentStatus())
+		n := st.currentStatus()
+		if p != nil {
+			_, known := p.snap.Services[n.ID]
+			n.Unknown = !known
+		}
+		out = append(out, n)
 	}
 	s.mu.Unlock()
 	slices.SortFunc(out, func(a, b NodeStatus) int {
@@ -226,7 +259,9 @@ func (s *Server) Nodes() []NodeStatus {
 // revision, or until ctx is done. Acked nodes hold everything of it (a node that
 // rev does not concern does so at once); nacks refuse a part of it and keep the
 // last good state of that kind; pending ones have not answered: ctx ended before,
-// or they connected just now.
+// or they connected just now. A stream that ServerConfig.SubscribeTimeout after
+// its opening has not asked for all types is no sidecar's: unless it refuses
+// something it is in none of the three.
 func (s *Server) WaitAcked(ctx context.Context, rev Revision) (acked, pending, nacks []NodeStatus) {
 	wake := make(chan struct{}, 1)
 	s.mu.Lock()
@@ -237,10 +272,13 @@ func (s *Server) WaitAcked(ctx context.Context, rev Revision) (acked, pending, n
 		delete(s.waiters, wake)
 		s.mu.Unlock()
 	}()
+	late := time.NewTicker(max(s.cfg.SubscribeTimeout/10, time.Millisecond)) // a stream becomes late without an event
+	defer late.Stop()
 	for !s.settled(rev) && ctx.Err() == nil {
 		select {
 		case <-ctx.Done():
 		case <-wake:
+		case <-late.C:
 		}
 	}
 	for _, n := range s.Nodes() {
@@ -249,7 +287,7 @@ func (s *Server) WaitAcked(ctx context.Context, rev Revision) (acked, pending, n
 			nacks = append(nacks, n)
 		case n.holds(rev):
 			acked = append(acked, n)
-		default:
+		case s.owes(n, rev):
 			pending = append(pending, n)
 		}
 	}
@@ -265,11 +303,17 @@ func (s *Server) settled(rev Revision) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for st := range s.streams {
-		if n := st.currentStatus(); !n.refused(rev) && !n.holds(rev) {
+		if s.owes(st.currentStatus(), rev) {
 			return false
 		}
 	}
 	return true
+}
+
+// owes reports whether rev waits for an answer of n.
+func (s *Server) owes(n NodeStatus, rev Revision) bool {
+	late := !n.complete && s.cfg.Now().Sub(n.Connected) >= s.cfg.SubscribeTimeout
+	return !late && !n.refused(rev) && !n.holds(rev)
 }
 
 func (n NodeStatus) refused(rev Revision) bool { return n.Nack != "" && !n.NackRev.Less(rev) }

@@ -22,10 +22,11 @@ type deltaStream = discoveryv3.AggregatedDiscoveryService_DeltaAggregatedResourc
 // without a note; two helpers, which end with the stream, receive and send, as
 // both may block for as long as the node likes.
 type stream struct {
-	srv   *Server
-	peer  identity.Peer
-	dirty chan struct{} // one slot: there is a new snapshot
-	cut   chan error    // one slot: end now
+	srv      *Server
+	peer     identity.Peer
+	instance string        // as its certificate says; only with ServerConfig.InstanceOf
+	dirty    chan struct{} // one slot: there is a new snapshot
+	cut      chan error    // one slot: end now
 
 	subs  map[string]*subscription // :: type URL
 	nonce uint64
@@ -45,8 +46,19 @@ func newStream(s *Server, peer identity.Peer) *stream {
 		sent:  make(chan error, 1),
 		subs:  make(map[string]*subscription),
 	}
+	if s.cfg.InstanceOf != nil {
+		st.instance = s.cfg.InstanceOf(peer)
+	}
 	st.status = NodeStatus{ID: peer.ID, Connected: s.cfg.Now(), SVIDExpires: peer.Leaf.NotAfter}
 	return st
+}
+
+// end makes run return why, unless it has been told before.
+func (st *stream) end(why error) {
+	select {
+	case st.cut <- why:
+	default:
+	}
 }
 
 // run serves the stream until it ends. It returns at once when it has to, even
@@ -127,6 +139,9 @@ func (st *stream) request(r *discoveryv3.DeltaDiscoveryRequest) error {
 	if !known {
 		t = newSubscription(r.GetTypeUrl())
 		st.subs[r.GetTypeUrl()] = t
+		st.mu.Lock()
+		st.status.complete = len(st.subs) == len(wireTypes())
+		st.mu.Unlock()
 	}
 	nacked := t.nack
 	t.settle(r)
@@ -134,33 +149,32 @@ func (st *stream) request(r *discoveryv3.DeltaDiscoveryRequest) error {
 		st.srv.cfg.Log.Warn("node refuses an update", "id", st.peer.ID, "instance", st.currentStatus().Instance, "revision", t.nackRev, "error", t.nack)
 	}
 	t.change(r, !known)
-	return st.checkNames(r)
+	return st.checkNames()
 }
 
 // checkNames bounds what a stream makes the server remember: names asked for,
-// and names said to be held that do not exist.
-func (st *stream) checkNames(r *discoveryv3.DeltaDiscoveryRequest) error {
-	names := 0
+// and names held or dropped that are no service.
+func (st *stream) checkNames() error {
+	p := st.srv.current.Load()
+	names, size := 0, 0
 	for _, t := range st.subs {
-		names += len(t.names)
-	}
-	if p := st.srv.current.Load(); p != nil {
-		for name := range r.GetInitialResourceVersions() {
-			if p.services[name] == nil {
-				names++
+		for name := range t.names {
+			names, size = names+1, size+len(name)
+		}
+		for name := range t.have {
+			if _, named := t.names[name]; !named && (p == nil || p.services[name] == nil) {
+				names, size = names+1, size+len(name)
 			}
 		}
-	} else {
-		names += len(r.GetInitialResourceVersions())
 	}
-	if names > st.srv.cfg.MaxSubscriptions {
-		return status.Errorf(codes.ResourceExhausted, "more than %d resource names on one stream", st.srv.cfg.MaxSubscriptions)
+	if limit := st.srv.cfg.MaxSubscriptions; names > limit || size > maxNameBytes {
+		return status.Errorf(codes.ResourceExhausted, "more than %d resource names, or %d bytes of them, on one stream", limit, maxNameBytes)
 	}
 	return nil
 }
 
-// identify takes the instance from the first request and holds the stream to
-// it.
+// identify takes the instance from the first request, compares it with the
+// proved one if there is one, and holds the stream to it.
 func (st *stream) identify(instance string) error {
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -172,6 +186,9 @@ func (st *stream) identify(instance string) error {
 	}
 	if st.status.Instance != "" {
 		return status.Error(codes.PermissionDenied, "node.id changed within a stream")
+	}
+	if st.srv.cfg.InstanceOf != nil && instance != st.instance {
+		return status.Errorf(codes.PermissionDenied, "node.id is %s, the certificate is for instance %q", instance, st.instance)
 	}
 	st.status.Instance = instance
 	return nil
@@ -242,7 +259,8 @@ func (st *stream) deadline() (time.Duration, error) {
 func (st *stream) report() {
 	st.mu.Lock()
 	old := st.status
-	next := NodeStatus{ID: old.ID, Instance: old.Instance, Connected: old.Connected}
+	next := old
+	next.Acked, next.Nack, next.NackRev = Revision{}, "", Revision{}
 	for i, typeURL := range wireTypes() {
 		t := st.subs[typeURL]
 		if t == nil {

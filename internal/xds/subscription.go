@@ -53,8 +53,11 @@ type nodeView struct {
 }
 
 // find returns the resource of that name if there is one and the node may have
-// it.
+// it. A node that is no workload may have no endpoints.
 func (v nodeView) find(typeURL, name string) *Resource {
+	if kindOf(typeURL) == Endpoints && !v.slice.known {
+		return nil
+	}
 	switch typeURL {
 	case ClusterType:
 		if s := v.p.services[name]; s != nil {
@@ -151,10 +154,12 @@ func (t *subscription) unsubscribe(name string) {
 		t.expect(func(n string) bool { return !dropped(n) })
 		return
 	}
+	_, named := t.names[name]
+	_, held := t.have[name]
 	delete(t.names, name)
 	delete(t.have, name)
 	delete(t.refused, name)
-	if t.all {
+	if t.all && (named || held) {
 		t.have[name] = forgotten // the node dropped it, the wildcard may still cover it: say which
 	}
 	t.expect(func(n string) bool { return n != name })

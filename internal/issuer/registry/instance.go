@@ -55,10 +55,10 @@ func (r *Registry) Instance(ctx context.Context, name string) (Instance, error) 
 func (r *Registry) instance(ctx context.Context, name string) (store.KV, Instance, error) {
 	kv, err := r.cfg.Store.Get(ctx, instancePrefix+name)
 	if errors.Is(err, store.ErrNotFound) {
-		return store.KV{}, Instance{}, fmt.Errorf("instance %s: %w", name, ErrUnknownInstance)
+		return store.KV{}, Instance{}, fmt.Errorf("instance %.64q: %w", name, ErrUnknownInstance)
 	}
 	if err != nil {
-		return store.KV{}, Instance{}, fmt.Errorf("reading instance %s: %w", name, err)
+		return store.KV{}, Instance{}, fmt.Errorf("reading instance %.64q: %w", name, err)
 	}
 	inst, err := decode[Instance](kv)
 	return kv, inst, err
@@ -88,7 +88,7 @@ func (r *Registry) Entitled(ctx context.Context, id spiffeid.ID, instance string
 		return err
 	}
 	if inst.ID != id {
-		return fmt.Errorf("instance %s of %s: %w", instance, id, ErrUnknownInstance)
+		return fmt.Errorf("instance %.64q of %s: %w", instance, id, ErrUnknownInstance)
 	}
 	if _, err := r.admits(id, attest.KindJoinToken); err != nil {
 		return err

@@ -38,9 +38,20 @@ var (
 	ErrUnknownWorkload = errors.New("no such workload in the applied policy files")
 	// ErrNotAttested says that the Workload does not list the kind of evidence.
 	ErrNotAttested = errors.New("the workload does not admit this evidence; add it to the Workload's attest list")
+	// ErrBadTTL says that a join token's lifetime is out of bounds.
+	ErrBadTTL = errors.New("bad lifetime")
 	// ErrUnknownInstance says that the instance never enrolled or was removed.
 	ErrUnknownInstance = errors.New("unknown instance; enrol again with a new join token: sallyport token create")
 )
+
+// IsRequestError reports whether err is an answer to what was asked, so that the
+// asker can do better or ask again later; all others are failures of the control
+// plane's own.
+func IsRequestError(err error) bool {
+	return slices.ContainsFunc([]error{
+		ErrNotReady, ErrUnknownToken, ErrTokenUsed, ErrTokenExpired, ErrUnknownWorkload, ErrNotAttested, ErrBadTTL, ErrUnknownInstance,
+	}, func(kind error) bool { return errors.Is(err, kind) })
+}
 
 // Config configures a [Registry].
 type Config struct {

@@ -65,7 +65,7 @@ func newKey(t *testing.T) *ecdsa.PublicKey {
 
 func (f *fixture) token(t *testing.T, name string) Redemption {
 	t.Helper()
-	c, err := f.CreateToken(t.Context(), name, 0, "alice")
+	c, err := f.CreateToken(t.Context(), TokenRequest{Workload: name, Actor: "alice", Origin: "10.0.0.1:2"})
 	require.NoError(t, err)
 	tok, err := attest.ParseToken(c.Token)
 	require.NoError(t, err)
@@ -89,14 +89,14 @@ func TestRedeem(t *testing.T) {
 	}
 	records, err := f.audit.Recent(t.Context(), 0)
 	require.NoError(t, err)
-	if len(records) != 2 || records[0].Action != "token.redeem" || records[1].Action != "token.create" || records[1].Actor != "alice" {
+	if len(records) != 2 || records[0].Action != "token.redeem" || records[1].Action != "token.create" || records[1].Actor != "alice" || records[1].Origin != "10.0.0.1:2" {
 		t.Errorf("got audit records %+v", records)
 	}
 }
 
 func TestCreateTokenCarriesRootHashAndExpiry(t *testing.T) {
 	f := newFixture(t)
-	c, err := f.CreateToken(t.Context(), "payments", time.Hour, "alice")
+	c, err := f.CreateToken(t.Context(), TokenRequest{Workload: "payments", TTL: time.Hour})
 	require.NoError(t, err)
 	tok, err := attest.ParseToken(c.Token)
 	require.NoError(t, err)
@@ -107,8 +107,8 @@ func TestCreateTokenCarriesRootHashAndExpiry(t *testing.T) {
 		t.Errorf("expires in %v, want 1h", time.Duration(got))
 	}
 	for _, ttl := range []time.Duration{-1, time.Millisecond, MaxTokenTTL + 1} {
-		if _, err := f.CreateToken(t.Context(), "payments", ttl, "alice"); err == nil {
-			t.Errorf("ttl %v: accepted", ttl)
+		if _, err := f.CreateToken(t.Context(), TokenRequest{Workload: "payments", TTL: ttl}); !errors.Is(err, ErrBadTTL) || !IsRequestError(err) {
+			t.Errorf("ttl %v: got %v", ttl, err)
 		}
 	}
 }
@@ -176,14 +176,18 @@ func TestRedeemRefuses(t *testing.T) {
 
 func TestCreateTokenRefuses(t *testing.T) {
 	f := newFixture(t)
-	if _, err := f.CreateToken(t.Context(), "nobody", 0, "alice"); !errors.Is(err, ErrUnknownWorkload) {
+	if _, err := f.CreateToken(t.Context(), TokenRequest{Workload: "nobody"}); !errors.Is(err, ErrUnknownWorkload) || !IsRequestError(err) {
 		t.Errorf("got %v", err)
 	}
-	if _, err := f.CreateToken(t.Context(), "legacy", 0, "alice"); !errors.Is(err, ErrNotAttested) {
+	if _, err := f.CreateToken(t.Context(), TokenRequest{Workload: "legacy"}); !errors.Is(err, ErrNotAttested) || !IsRequestError(err) {
 		t.Errorf("got %v", err)
 	}
-	if _, err := New(f.cfg).CreateToken(t.Context(), "payments", 0, "alice"); !errors.Is(err, ErrNotReady) {
+	if _, err := New(f.cfg).CreateToken(t.Context(), TokenRequest{Workload: "payments"}); !errors.Is(err, ErrNotReady) || !IsRequestError(err) {
 		t.Errorf("got %v", err)
+	}
+	require.NoError(t, f.store.Close())
+	if _, err := f.CreateToken(t.Context(), TokenRequest{Workload: "payments"}); err == nil || IsRequestError(err) {
+		t.Errorf("store closed: got %v, which is no fault of the request", err)
 	}
 }
 
@@ -310,6 +314,15 @@ func TestClean(t *testing.T) {
 		}
 	}
 	if err := f.Entitled(t.Context(), inst.ID, inst.Name); !errors.Is(err, ErrUnknownInstance) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// What a client calls itself reaches logs quoted and short.
+func TestErrorsQuoteNames(t *testing.T) {
+	f := newFixture(t)
+	_, err := f.Instance(t.Context(), "x\n[ERROR] forged "+strings.Repeat("x", 500))
+	if !errors.Is(err, ErrUnknownInstance) || strings.Contains(err.Error(), "\n") || len(err.Error()) > 200 {
 		t.Errorf("got %v", err)
 	}
 }

@@ -40,17 +40,25 @@ type Created struct {
 	Expires time.Time
 }
 
-// CreateToken makes a join token for the workload of this name. A ttl of zero is
-// DefaultTokenTTL; one beyond MaxTokenTTL is an error. actor goes to the audit
-// log.
-func (r *Registry) CreateToken(ctx context.Context, workload string, ttl time.Duration, actor string) (Created, error) {
+// TokenRequest asks for a join token.
+type TokenRequest struct {
+	Workload string        // metadata.name
+	TTL      time.Duration // zero: DefaultTokenTTL; otherwise 1 s to MaxTokenTTL
+	Actor    string        // who asks and from where, for the audit log
+	Origin   string
+}
+
+// CreateToken makes a join token. Of its errors, [IsRequestError] tells those
+// that a better request avoids.
+func (r *Registry) CreateToken(ctx context.Context, req TokenRequest) (Created, error) {
+	ttl := req.TTL
 	if ttl == 0 {
 		ttl = DefaultTokenTTL
 	}
 	if ttl < time.Second || ttl > MaxTokenTTL {
-		return Created{}, fmt.Errorf("join token for %s: lifetime %v: between 1s and %v", workload, ttl, MaxTokenTTL)
+		return Created{}, fmt.Errorf("join token for %.64q: %w: %v is not between 1s and %v", req.Workload, ErrBadTTL, ttl, MaxTokenTTL)
 	}
-	id, err := r.tokenSubject(workload)
+	id, err := r.tokenSubject(req.Workload)
 	if err != nil {
 		return Created{}, err
 	}
@@ -60,17 +68,17 @@ func (r *Registry) CreateToken(ctx context.Context, workload string, ttl time.Du
 	}
 	now := r.cfg.Now().UTC()
 	hash := attest.SecretHash(token.Secret[:])
-	rec := tokenRecord{ID: id, SecretHash: hash[:], Created: now, Expires: now.Add(ttl), Actor: actor}
+	rec := tokenRecord{ID: id, SecretHash: hash[:], Created: now, Expires: now.Add(ttl), Actor: req.Actor}
 	op, err := put(tokenPrefix+token.ID, rec)
 	if err != nil {
 		return Created{}, err
 	}
 	entry := r.cfg.Audit.Op(audit.Record{
-		Time: now, Actor: actor, Action: "token.create", Subject: id.String(),
+		Time: now, Actor: req.Actor, Origin: req.Origin, Action: "token.create", Subject: id.String(),
 		Detail: fmt.Sprintf("join token %s, expires %s", token.ID, rec.Expires.Format(time.RFC3339)), Result: "created",
 	})
 	if _, err := r.cfg.Store.Txn(ctx, []store.Cmp{{Key: op.Key}}, []store.Op{op, entry}); err != nil {
-		return Created{}, fmt.Errorf("storing a join token for %s: %w", workload, err)
+		return Created{}, fmt.Errorf("storing a join token for %s: %w", id, err)
 	}
 	return Created{Token: token.Encode(), ID: id, Expires: rec.Expires}, nil
 }
@@ -82,7 +90,7 @@ func (r *Registry) tokenSubject(workload string) (spiffeid.ID, error) {
 	}
 	w, ok := all.byName[workload]
 	if !ok {
-		return spiffeid.ID{}, fmt.Errorf("workload %q: %w", workload, ErrUnknownWorkload)
+		return spiffeid.ID{}, fmt.Errorf("workload %.64q: %w", workload, ErrUnknownWorkload)
 	}
 	_, err := r.admits(w.ID, attest.KindJoinToken)
 	return w.ID, err
@@ -112,7 +120,7 @@ func (r *Registry) Redeem(ctx context.Context, red Redemption) (Instance, error)
 			return inst, err
 		}
 	}
-	return Instance{}, fmt.Errorf("redeeming join token %s: %w", red.TokenID, store.ErrConflict)
+	return Instance{}, fmt.Errorf("redeeming join token %.64q: %w", red.TokenID, store.ErrConflict)
 }
 
 func (r *Registry) redeemOnce(ctx context.Context, red Redemption) (Instance, error) {
@@ -150,9 +158,15 @@ func (r *Registry) redeemOnce(ctx context.Context, red Redemption) (Instance, er
 	})
 	cmps := []store.Cmp{{Key: kv.Key, Rev: kv.Rev}, {Key: register.Key}}
 	if _, err := r.cfg.Store.Txn(ctx, cmps, []store.Op{spend, register, entry}); err != nil {
-		return Instance{}, fmt.Errorf("redeeming join token %s: %w", red.TokenID, err)
+		return Instance{}, fmt.Errorf("redeeming join token %.64q: %w", red.TokenID, err)
 	}
 	return inst, nil
+}
+
+// CheckToken returns nil if there is a join token with this secret, spent or not.
+func (r *Registry) CheckToken(ctx context.Context, id string, secret []byte) error {
+	_, _, err := r.token(ctx, Redemption{TokenID: id, Secret: secret})
+	return err
 }
 
 // token reads a token's record and checks the secret before it says anything
@@ -163,7 +177,7 @@ func (r *Registry) token(ctx context.Context, red Redemption) (store.KV, tokenRe
 		return store.KV{}, tokenRecord{}, ErrUnknownToken
 	}
 	if err != nil {
-		return store.KV{}, tokenRecord{}, fmt.Errorf("reading join token %s: %w", red.TokenID, err)
+		return store.KV{}, tokenRecord{}, fmt.Errorf("reading join token %.64q: %w", red.TokenID, err)
 	}
 	tok, err := decode[tokenRecord](kv)
 	if err != nil {

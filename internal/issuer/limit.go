@@ -1,0 +1,120 @@
+package issuer
+
+import (
+	"context"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+const (
+	// One instance enrols once in enrollEvery and renews renewRate times a second,
+	// after a burst: sidecars that behave do so after restarts and every twenty-
+	// fourth of an SVID's life, of which the shortest is 5 s.
+	enrollEvery = 5 * time.Second
+	enrollBurst = 5
+	renewRate   = 10
+	renewBurst  = 20
+	// maxBuckets bounds one generation of a limiter's buckets.
+	maxBuckets = 8192
+	// refusalRate is how many refusals are logged in a second; anyone may cause one.
+	refusalRate = 10
+
+	// maxGuests bounds the streams that wait for their Hello, and maxGuestsOfHost
+	// those of one IPv4 address or IPv6 /64.
+	maxGuests       = 2048
+	maxGuestsOfHost = 32
+)
+
+// limiter gives each instance a token bucket. It remembers the last 8192 to
+// 16384 of them; an older one has long been full again unless more ask at once.
+type limiter struct {
+	rate  rate.Limit
+	burst int
+
+	mu         sync.Mutex
+	young, old map[string]*rate.Limiter // :: instance → bucket
+}
+
+// allow takes a token of the instance, or says that there is none.
+func (l *limiter) allow(instance string, now time.Time) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	bucket := l.young[instance]
+	if bucket == nil {
+		if bucket = l.old[instance]; bucket == nil {
+			bucket = rate.NewLimiter(l.rate, l.burst)
+		}
+		if l.young == nil || len(l.young) == maxBuckets {
+			l.young, l.old = make(map[string]*rate.Limiter), l.young
+		}
+		l.young[instance] = bucket
+	}
+	return bucket.AllowN(now, 1)
+}
+
+// lobby is where streams wait that said nothing yet. Nobody is refused: for a
+// newcomer whoever waits longest has to go, of the same host if that is crowded.
+type lobby struct {
+	mu     sync.Mutex
+	guests []*guest // in the order of their arrival
+}
+
+type guest struct {
+	host  string
+	evict context.CancelCauseFunc
+}
+
+// enter gives a context that ends with ctx, or with errBusy when the room is
+// needed. The caller calls leave.
+func (l *lobby) enter(ctx context.Context, host string) (_ context.Context, leave func()) {
+	ctx, evict := context.WithCancelCause(ctx)
+	g := &guest{host, evict}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.makeRoom(host)
+	l.guests = append(l.guests, g)
+	return ctx, func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if i := slices.Index(l.guests, g); i >= 0 {
+			l.guests = slices.Delete(l.guests, i, i+1)
+		}
+		evict(nil)
+	}
+}
+
+// makeRoom for one guest. The caller holds mu.
+func (l *lobby) makeRoom(host string) {
+	count, oldest := 0, 0
+	for i, g := range slices.Backward(l.guests) {
+		if g.host == host {
+			count, oldest = count+1, i
+		}
+	}
+	switch {
+	case count >= maxGuestsOfHost:
+	case len(l.guests) >= maxGuests:
+		oldest = 0
+	default:
+		return
+	}
+	l.guests[oldest].evict(errBusy)
+	l.guests = slices.Delete(l.guests, oldest, oldest+1)
+}
+
+// hostOf is the part of an origin that is costly to change.
+func hostOf(origin string) string {
+	ap, err := netip.ParseAddrPort(origin)
+	if err != nil {
+		return origin
+	}
+	addr, bits := ap.Addr().Unmap().WithZone(""), 32
+	if addr.Is6() {
+		bits = 64
+	}
+	return netip.PrefixFrom(addr, bits).Masked().String()
+}
