@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -19,6 +20,9 @@ import (
 // plane on the same store was faster.
 const attempts = 10
 
+// errRootSet refuses to remove the root set: every policy folder is one.
+var errRootSet = policy.Errors{{Msg: "the root set cannot be removed", Hint: "apply files that it shall hold instead, with one Workload at least"}}
+
 // plan is a change in the form that apply works on.
 type plan struct {
 	action        string // for the audit log
@@ -27,7 +31,7 @@ type plan struct {
 	dryRun        bool
 	touches       []string // sets that nobody else may change meanwhile
 	editing       bool     // refuse to take a set's last Workload
-	insist        bool     // overrule others: a watched directory is the one source
+	watched       string   // the directory that is the one source and overrules others, or ""
 	// merge gives the files of every set as they shall be, old being the state
 	// in force.
 	merge func(ctx context.Context, old *compiled) (map[string]map[string][]byte, error)
@@ -37,14 +41,19 @@ type plan struct {
 //
 // It is refused with [policy.Errors] where files are wrong, with ErrTests where
 // a policy test fails, with ErrLastWorkload, ErrNoSet, ErrConflict, ErrTooLarge,
-// and with ErrWatched while a directory is watched; only a set that has no
-// folder there may be removed then. Both outcomes leave an audit record, except
-// for a dry run and for files that were in force already. An error of the store,
-// a timeout for one, may leave open whether the change landed: applying it again
-// does no harm.
+// with [policy.ErrNoWorkload] where no set would define a Workload any more, and
+// with ErrWatched while a directory is watched; only a set that has no folder
+// there may be removed then. The root set is never removed. Both outcomes leave
+// an audit record, except for a dry run and for files that were in force already.
+// An error of the store, a timeout for one, may leave open whether the change
+// landed: applying it again does no harm.
 func (c *Catalog) Apply(ctx context.Context, ch Change) (Result, error) {
 	p := ch.plan()
-	if err := c.allowed(ch); err != nil {
+	err := c.allowed(ch)
+	if err == nil && slices.Contains(ch.Remove, "") {
+		err = errRootSet
+	}
+	if err != nil {
 		return Result{}, c.refuse(ctx, p, err)
 	}
 	r, err := c.run(ctx, p)
@@ -168,7 +177,7 @@ func (c *Catalog) run(ctx context.Context, p plan) (Result, error) {
 		if try == 0 {
 			first = b
 		}
-		if set := overlap(p.touches, first.sets, b.sets); set != "" && !p.insist {
+		if set := overlap(p.touches, first.sets, b.sets); set != "" && p.watched == "" {
 			return Result{}, c.refuse(ctx, p, fmt.Errorf("%s: %w", set, ErrConflict))
 		}
 		r, err := c.tryOnce(ctx, b, p)
@@ -212,7 +221,7 @@ func (c *Catalog) tryOnce(ctx context.Context, b base, p plan) (Result, error) {
 		return Result{}, c.refuseUnlessStore(ctx, p, err)
 	}
 	r := Result{Epoch: b.rev.Epoch, N: b.rev.N}
-	next, err := c.check(old, files, p.editing)
+	next, err := c.check(old, files, p)
 	if next != nil && next.key == old.key {
 		r.Unchanged = true
 		return r, nil
@@ -243,7 +252,7 @@ func (c *Catalog) tryOnce(ctx context.Context, b base, p plan) (Result, error) {
 
 // check parses and compiles files. The state comes with an error too, where it
 // got as far as one.
-func (c *Catalog) check(old *compiled, files map[string]map[string][]byte, editing bool) (*compiled, error) {
+func (c *Catalog) check(old *compiled, files map[string]map[string][]byte, p plan) (*compiled, error) {
 	if len(files) > policy.MaxSets {
 		return nil, fmt.Errorf("%d sets, of at most %d: %w", len(files), policy.MaxSets, ErrTooLarge)
 	}
@@ -256,40 +265,60 @@ func (c *Catalog) check(old *compiled, files map[string]map[string][]byte, editi
 	if size > policy.MaxTreeSize {
 		return nil, fmt.Errorf("%d bytes in all sets, of at most %d: %w", size, policy.MaxTreeSize, ErrTooLarge)
 	}
-	sets := make(map[string]*loaded, len(files))
+	parsed := make(map[string]*loaded, len(files))
 	for name, set := range files {
-		l := c.parse(name, set)
-		if editing && l.set != nil {
-			if err := lastWorkload(name, old.sets[name], l); err != nil {
-				return nil, err
-			}
-		}
-		if len(set) > 0 { // a set without files is no set
-			sets[name] = l
+		parsed[name] = c.parse(name, set)
+	}
+	if p.editing {
+		if err := p.lastWorkload(old.sets, parsed); err != nil {
+			return nil, err
 		}
 	}
-	if len(sets) == 0 && len(files) > 0 {
+	maps.DeleteFunc(parsed, func(_ string, l *loaded) bool { return len(l.files) == 0 }) // a set without files is no set
+	if len(parsed) == 0 {
 		_, err := policy.Compile(c.TrustDomain, nil) // says that there is no Workload
-		return nil, err
+		return nil, p.noWorkload(err)
 	}
-	next := compile(c.TrustDomain, sets)
-	return next, next.err
+	next := compile(c.TrustDomain, parsed)
+	return next, p.noWorkload(next.err)
+}
+
+// noWorkload says of a removal after which no set defines a Workload what is
+// wrong with it; it returns any other err as it is.
+func (p plan) noWorkload(err error) error {
+	if p.action != "policy.remove" || !errors.Is(err, policy.ErrNoWorkload) {
+		return err
+	}
+	return fmt.Errorf("removing %s would leave %w; define one in another set first", titles(p.touches), policy.ErrNoWorkload)
 }
 
 // lastWorkload refuses an edit that leaves a set without any Workload.
-func lastWorkload(name string, before, after *loaded) error {
-	if before == nil || before.set == nil || len(before.set.Workloads) == 0 || len(after.set.Workloads) > 0 {
-		return nil
+func (p plan) lastWorkload(before, after map[string]*loaded) error {
+	for _, name := range slices.Sorted(maps.Keys(after)) {
+		if after[name].set == nil || after[name].workloads() > 0 || before[name].workloads() == 0 {
+			continue
+		}
+		advice := "bring a Workload back"
+		if name != "" && defined(after) {
+			advice += " or, if the set shall go, "
+			if p.watched != "" {
+				advice += fmt.Sprintf("remove the folder %s and then ", filepath.Join(p.watched, name))
+			}
+			advice += fmt.Sprintf("run `sallyport set remove %s`", name)
+		}
+		return fmt.Errorf("%s: %w; %s", title(name), ErrLastWorkload, advice)
 	}
-	return fmt.Errorf("%s: %w; if the set shall go, run `sallyport set remove %s`", title(name), ErrLastWorkload, argument(name))
+	return nil
 }
 
-// argument writes a set's name for a shell.
-func argument(name string) string {
-	if name == "" {
-		return `""`
+// defined reports whether any of sets defines a Workload.
+func defined(sets map[string]*loaded) bool {
+	for _, l := range sets {
+		if l.workloads() > 0 {
+			return true
+		}
 	}
-	return name
+	return false
 }
 
 // refuseUnlessStore records a refusal, unless err is one that a retry or the

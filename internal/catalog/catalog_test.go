@@ -164,10 +164,10 @@ func TestRefused(t *testing.T) {
 		"bad set name":    {Change{Sets: map[string]map[string][]byte{"Billing!": shop()}}, nil, "DNS label"},
 		"two sets":        {Change{Sets: map[string]map[string][]byte{"two": {"a.yaml": workload("orders")}}}, nil, "two/a.yaml:3:"},
 		"failing test":    {root(with(shop(), "t.yaml", expect("orders", "payments", "deny"))), ErrTests, "t.yaml:"},
-		"last workload":   {root(files{"c.yaml": []byte("# nothing\n")}), ErrLastWorkload, "sallyport set remove"},
-		"all files":       {root(files{}), ErrLastWorkload, "sallyport set remove"},
+		"last workload":   {root(files{"c.yaml": []byte("# nothing\n")}), ErrLastWorkload, "the root set: the edit takes the last Workload of a set; bring a Workload back"},
+		"all files":       {root(files{}), ErrLastWorkload, "bring a Workload back"},
 		"unknown set":     {Change{Remove: []string{"billing"}}, ErrNoSet, "sets: root, other"},
-		"needed set":      {Change{Remove: []string{""}}, policy.ErrNoWorkload, "no Workload"},
+		"root set":        {Change{Remove: []string{"", "other"}}, nil, "the root set cannot be removed"},
 		"too much":        {root(with(shop(), "x.yaml", make([]byte, policy.MaxTreeSize))), ErrTooLarge, "bytes"},
 		"a big file":      {root(with(shop(), "x.yaml", []byte(strings.Repeat("#\n", policy.MaxFileSize/2+1)))), nil, "x.yaml"},
 	}
@@ -211,16 +211,24 @@ func TestRefusedWhenEmpty(t *testing.T) {
 
 func TestRemoveSet(t *testing.T) {
 	c := newCatalog(t, newStore(t))
-	apply(t, c, map[string]map[string][]byte{"": shop(), "billing": {"w.yaml": workload("invoices")}})
-	for _, name := range []string{"billing", ""} {
-		_, err := c.Apply(t.Context(), Change{Remove: []string{name}, Actor: "ann"})
-		require.NoError(t, err)
+	apply(t, c, map[string]map[string][]byte{"shop": shop(), "billing": {"w.yaml": workload("invoices")}})
+	_, err := c.Apply(t.Context(), Change{Remove: []string{"billing"}, Actor: "ann"})
+	require.NoError(t, err)
+	if rec := lastRecord(t, c); rec.Action != "policy.remove" || rec.Subject != "billing" {
+		t.Errorf("got audit record %+v, want the removal of billing", rec)
 	}
-	if got := state(t, c); got.Rev.N != 3 || len(got.Sets) != 0 || reaches(got, "orders", "payments") {
-		t.Errorf("got %s with %d sets, want 1.3 without any", got.Rev, len(got.Sets))
+	apply(t, c, map[string]map[string][]byte{"notes": {"c.yaml": []byte("# nothing\n")}})
+	for _, remove := range [][]string{{"shop"}, {"shop", "notes"}} {
+		_, err = c.Apply(t.Context(), Change{Remove: remove, Actor: "bob"})
+		if !errors.Is(err, policy.ErrNoWorkload) || !strings.Contains(err.Error(), "would leave no Workload in any set") {
+			t.Errorf("removing %q: got %v, want ErrNoWorkload", remove, err)
+		}
+		if rec := lastRecord(t, c); rec.Actor != "bob" || rec.Result != "refused" {
+			t.Errorf("got audit record %+v, want a refusal", rec)
+		}
 	}
-	if rec := lastRecord(t, c); rec.Action != "policy.remove" || rec.Subject != "root" {
-		t.Errorf("got audit record %+v, want the removal of root", rec)
+	if got := state(t, c); got.Rev.N != 3 || !reaches(got, "orders", "payments") {
+		t.Errorf("got %s, want 1.3 as before", got.Rev)
 	}
 }
 

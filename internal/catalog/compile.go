@@ -21,6 +21,14 @@ type loaded struct {
 	err   error
 }
 
+// workloads counts what l defines; l may be nil.
+func (l *loaded) workloads() int {
+	if l == nil || l.set == nil {
+		return 0
+	}
+	return len(l.set.Workloads)
+}
+
 // compiled is a whole state of the sets. It is never changed.
 type compiled struct {
 	key   string             // names the content

@@ -1,6 +1,7 @@
 package catalog
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -25,6 +26,9 @@ const (
 	// be filled: editors and copies replace things in steps, and a rule must not
 	// be missing in between.
 	grace = 250 * time.Millisecond
+	// tail is how long the directory must be quiet after a file lost its end: the
+	// rest may be on its way, and a deny in it.
+	tail = time.Second
 	// patience is how long a file may be open for writing, or the directory
 	// restless, before that is told as a problem.
 	patience = 10 * time.Second
@@ -54,6 +58,10 @@ type watcher struct {
 	moving   notice              // the first half of the last rename
 	movingAt time.Time           // first write to the file being renamed; zero: it was closed
 
+	last   map[string]map[string][]byte // the directory as it was read last: set → file → content
+	heldAt uint64                       // the count of changes at which a file was seen to lack its tail
+	held   time.Time                    // until when that reading waits, unless there is a further change
+
 	told    bool   // that the directory is restless
 	refused string // content and base of the last refusal; trying again is of no use
 }
@@ -63,11 +71,12 @@ type watcher struct {
 // cannot be had or another directory is watched already.
 //
 // A change counts when the file that was written is closed or moved into place;
-// while any file is open for writing nothing is read. All sets of the directory
-// land together or not at all. Whatever cannot be applied (a mistake, a missing
-// directory, a sub-folder that vanished) is logged, told by [Catalog.Problem] and
-// recorded in the audit log, and the last good state stays in force. Only
-// `sallyport set remove NAME` removes a set.
+// while any file is open for writing nothing is read. Where a file has lost its
+// tail since it was last read, the directory has to be quiet for a second first.
+// All sets of the directory land together or not at all. Whatever cannot be
+// applied (a mistake, a missing directory, a sub-folder that vanished) is logged,
+// told by [Catalog.Problem] and recorded in the audit log, and the last good state
+// stays in force. Only `sallyport set remove NAME` removes a set.
 func (c *Catalog) WatchDir(ctx context.Context, dir string) error {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -168,6 +177,9 @@ func (w *watcher) next() time.Time {
 // matters is open for writing.
 func (w *watcher) readable() (at time.Time, ok bool) {
 	at = w.quietAt
+	if w.heldAt == w.changes && w.held.After(at) {
+		at = w.held
+	}
 	for p := range w.dirty {
 		if f := w.folders.all[p.wd]; f != nil && f.file(p.name) {
 			return at, false
@@ -301,11 +313,31 @@ func (w *watcher) read(ctx context.Context) error {
 	if w.changes != before {
 		return nil // torn, perhaps: what was read counts for nothing
 	}
+	if w.heldAt != w.changes && truncated(w.last, tree) {
+		w.heldAt, w.held = w.changes, time.Now().Add(tail)
+		return nil
+	}
+	if err == nil {
+		w.last = tree
+	}
 	w.since = time.Time{}
 	w.told = false
 	clear(w.gone)
 	w.apply(ctx, tree, err)
 	return ctx.Err()
+}
+
+// truncated reports whether a file of now is what was read of it before without
+// its tail, or empty: its writer may have closed it and be about to go on.
+func truncated(before, now map[string]map[string][]byte) bool {
+	for set, files := range now {
+		for name, content := range files {
+			if was := before[set][name]; len(content) < len(was) && bytes.HasPrefix(was, content) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // drain takes note of what happened during the last read.

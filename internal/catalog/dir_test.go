@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-mesh/sallyport/internal/store"
+	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
 
 // watched is a catalog that follows a directory, and what came of it.
@@ -180,6 +181,9 @@ func TestWatchDirMistakes(t *testing.T) {
 
 	write(t, dir, files{"x.yaml": []byte("kind: Polices\n")})
 	w.awaitProblem(t, "x.yaml:1:")
+	if p, want := w.Problem(), dir+" is not in force as it stands; the last good state stays in force. The error:\n"; !strings.HasPrefix(p, want) {
+		t.Errorf("got problem %q, want it to begin with %q", p, want)
+	}
 	records := func() int {
 		r, err := w.Audit.Recent(t.Context(), 0)
 		require.NoError(t, err)
@@ -205,14 +209,17 @@ func TestWatchDirMistakes(t *testing.T) {
 	// A restart with the mistake in the folder keeps the last good state.
 	again := follow(t, s, t.TempDir())
 	again.await(t, "restart", allowed)
-	again.awaitProblem(t, "sallyport set remove")
+	again.awaitProblem(t, "bring a Workload back")
 
 	require.NoError(t, os.Remove(filepath.Join(dir, "x.yaml")))
 	w.awaitProblem(t, "")
 	for _, name := range []string{"a.yaml", "b.yaml", "p.yaml"} {
 		require.NoError(t, os.Remove(filepath.Join(dir, name)))
 	}
-	w.awaitProblem(t, "sallyport set remove")
+	w.awaitProblem(t, "bring a Workload back")
+	if p := w.Problem(); strings.Contains(p, "set remove") {
+		t.Errorf("got problem %q: the root set cannot be removed", p)
+	}
 	write(t, dir, with(shop(), "p.yaml", nil))
 	w.await(t, "new files", denied)
 	w.awaitProblem(t, "")
@@ -235,72 +242,6 @@ func TestWatchDirMistakes(t *testing.T) {
 	}
 	write(t, dir, many)
 	w.awaitProblem(t, "files in one set")
-}
-
-// TestHalfWritten has a writer that stops in the middle of a file, where what is
-// written so far would be valid and would lack the deny at the end.
-func TestHalfWritten(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	write(t, dir, shop())
-	w := follow(t, newStore(t), dir)
-	w.await(t, "start", allowed)
-	half := allow("orders", "payments")
-	deny := []byte("  deny:\n    - {from: [{workload: orders}], ports: [all]}\n")
-	write(t, dir, files{"p.yaml": append(append([]byte{}, half...), deny...)})
-	w.await(t, "denying", denied)
-	n := w.settled(t).Rev.N
-
-	f, err := os.OpenFile(filepath.Join(dir, "p.yaml"), os.O_WRONLY|os.O_TRUNC, 0)
-	require.NoError(t, err)
-	_, err = f.Write(half)
-	require.NoError(t, err)
-	write(t, dir, files{"c.yaml": []byte("# something else\n")})
-	select {
-	case s := <-w.states:
-		t.Errorf("while a file is open for writing: got revision %s", s.Rev)
-	case <-time.After(2*grace + 100*time.Millisecond): // that nothing happens takes its time
-	}
-	_, err = f.Write(deny)
-	require.NoError(t, err)
-	require.NoError(t, f.Close())
-	s := w.await(t, "the rest", func(State) bool { return true })
-	if s.Rev.N != n+1 || allowed(s) {
-		t.Errorf("got revision %s, want 1.%d, the next one, and it denies", s.Rev, n+1)
-	}
-	if p := w.Problem(); p != "" {
-		t.Errorf("got problem %q, want none", p)
-	}
-}
-
-// TestEditorSteps replaces a file as vim does: the old one is moved away, and
-// the new one is written in its place some time later.
-func TestEditorSteps(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	deny := append(allow("orders", "payments"), []byte("  deny:\n    - {from: [{workload: orders}], ports: [all]}\n")...)
-	write(t, dir, with(shop(), "d.yaml", []byte(strings.Replace(string(deny), "orders-payments", "guard", 1))))
-	w := follow(t, newStore(t), dir)
-	w.await(t, "start", denied)
-	path := filepath.Join(dir, "d.yaml")
-	for range 5 {
-		old, err := os.ReadFile(path)
-		require.NoError(t, err)
-		require.NoError(t, os.Rename(path, path+"~"))
-		time.Sleep(grace / 5) // the time that a slow disk takes
-		f, err := os.Create(path)
-		require.NoError(t, err)
-		for _, b := range [][]byte{old, []byte("# edited\n")} {
-			_, err = f.Write(b)
-			require.NoError(t, err)
-			time.Sleep(3 * settle) // a writer that pauses
-		}
-		require.NoError(t, f.Close())
-		require.NoError(t, os.Remove(path+"~"))
-		if s := w.await(t, "the edit", func(State) bool { return true }); allowed(s) {
-			t.Errorf("revision %s was made without the deny", s.Rev)
-		}
-	}
 }
 
 func TestDirectoryGone(t *testing.T) {
@@ -354,6 +295,41 @@ func TestSubFolders(t *testing.T) {
 	w.await(t, "a linked folder", func(s State) bool { return len(s.Sets) == 3 })
 	write(t, outside, files{"p.yaml": allow("stock", "orders")})
 	w.await(t, "an edit in it", func(s State) bool { return reaches(s, "stock", "orders") })
+}
+
+// TestLastWorkloadOfFolder follows what the problem advises, where it can be
+// followed.
+func TestLastWorkloadOfFolder(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	sub := filepath.Join(dir, "billing")
+	write(t, dir, shop())
+	write(t, sub, files{"w.yaml": workload("invoices")})
+	w := follow(t, newStore(t), dir)
+	w.await(t, "start", allowed)
+	write(t, sub, files{"w.yaml": []byte("# none\n")})
+	w.awaitProblem(t, fmt.Sprintf("or, if the set shall go, remove the folder %s and then run `sallyport set remove billing`", sub))
+	require.NoError(t, os.RemoveAll(sub))
+	w.awaitProblem(t, "has no folder in")
+	_, err := w.Apply(t.Context(), Change{Remove: []string{"billing"}})
+	require.NoError(t, err)
+	w.awaitProblem(t, "")
+
+	// The only set with a Workload has to keep it.
+	dir = t.TempDir()
+	sub = filepath.Join(dir, "billing")
+	write(t, sub, files{"w.yaml": workload("invoices")})
+	w = follow(t, newStore(t), dir)
+	w.await(t, "start", func(s State) bool { return len(s.Sets) == 1 })
+	write(t, sub, files{"w.yaml": []byte("# none\n")})
+	w.awaitProblem(t, "bring a Workload back")
+	if p := w.Problem(); strings.Contains(p, "set remove") {
+		t.Errorf("got problem %q: that would be refused", p)
+	}
+	require.NoError(t, os.RemoveAll(sub))
+	w.awaitProblem(t, "has no folder in")
+	_, err = w.Apply(t.Context(), Change{Remove: []string{"billing"}})
+	require.ErrorIs(t, err, policy.ErrNoWorkload)
 }
 
 // TestMountedVolume changes files as Kubernetes does: names are links through

@@ -47,7 +47,7 @@ func (w *watcher) apply(ctx context.Context, tree map[string]map[string][]byte, 
 	switch {
 	case len(tree) > 0:
 		p := Change{Sets: tree, Actor: directoryActor, Origin: w.dir}.plan()
-		p.insist = true
+		p.watched = w.dir
 		_, err = c.run(ctx, p)
 	case len(vanished) == 0:
 		err = refusal{fmt.Errorf("%s holds no resource files (*.yaml, *.yml): %w", w.dir, policy.ErrNoWorkload)}
@@ -121,10 +121,10 @@ func (w *watcher) storeFailed(err error) {
 func (w *watcher) outcome(err error, vanished []string) {
 	var parts []string
 	if err != nil {
-		parts = append(parts, fmt.Sprintf("%s is not in force as it stands, the last good state is:\n%v", w.dir, err))
+		parts = append(parts, fmt.Sprintf("%s is not in force as it stands; the last good state stays in force. The error:\n%v", w.dir, err))
 	}
 	for _, name := range vanished {
-		parts = append(parts, fmt.Sprintf("%s has no folder in %s any more and stays in force: bring the folder back, or run `sallyport set remove %s`", title(name), w.dir, argument(name)))
+		parts = append(parts, fmt.Sprintf("%s has no folder in %s any more and stays in force: bring the folder back, or run `sallyport set remove %s`", title(name), w.dir, name))
 	}
 	w.problem(strings.Join(parts, "\n"))
 }

@@ -10,9 +10,12 @@ import (
 	"go.yaml.in/yaml/v4"
 )
 
-// schema lists the fields of a mapping: true for those of this version, false
-// for those of a later one, which are refused by name.
-type schema map[string]bool
+// schema lists the fields of a mapping: known for those of this version; those of
+// a later one are refused by name, and have the hint that goes with that. A hint
+// never advises to remove what limits an allow.
+type schema map[string]string
+
+const known = ""
 
 // object is a mapping whose keys are known, text and unique.
 type object struct {
@@ -34,16 +37,16 @@ func (f *fileReader) object(n *yaml.Node, what string, s schema) (object, bool) 
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		key, value := n.Content[i], n.Content[i+1]
 		name := key.Value
-		now, known := s[name]
+		later, listed := s[name]
 		switch {
 		case key.Kind != yaml.ScalarNode || key.Tag != "!!str":
 			f.fail(at(key), "", "%s has a key that is not text", orTop(what))
 		case first[name] != 0:
 			f.fail(at(key), fmt.Sprintf("first written on line %d", first[name]), "duplicate key %q", name)
-		case !known:
+		case !listed:
 			f.fail(at(key), o.suggest(name, s), "unknown field %q%s", shorten(name), in(what))
-		case !now:
-			f.fail(at(key), "remove it", "field %q%s is not supported by this version", name, in(what))
+		case later != known:
+			f.fail(at(key), later, "field %q%s is not supported by this version", name, in(what))
 		default:
 			o.fields[name] = value
 		}
@@ -59,12 +62,12 @@ func (o object) suggest(name string, s schema) string {
 	if o.f.errs.full() {
 		return ""
 	}
-	known := slices.DeleteFunc(slices.Sorted(maps.Keys(s)), func(k string) bool { return !s[k] })
-	if meant := closest(name, known); meant != "" {
+	fields := slices.DeleteFunc(slices.Sorted(maps.Keys(s)), func(k string) bool { return s[k] != known })
+	if meant := closest(name, fields); meant != "" {
 		o.meant[meant] = true
-		return didYouMean(name, known)
+		return didYouMean(name, fields)
 	}
-	return "known fields: " + strings.Join(known, ", ")
+	return "known fields: " + strings.Join(fields, ", ")
 }
 
 // need gives a field that must be there.

@@ -67,7 +67,7 @@ func printableName(s string) string { return string(printable([]byte(s))) }
 
 // document parses one document of a file.
 func (f *fileReader) document(n *yaml.Node) {
-	top, ok := f.object(n, "", schema{"apiVersion": true, "kind": true, "metadata": true, "spec": true})
+	top, ok := f.object(n, "", schema{"apiVersion": known, "kind": known, "metadata": known, "spec": known})
 	if !ok {
 		return
 	}
@@ -80,9 +80,9 @@ func (f *fileReader) document(n *yaml.Node) {
 	if !ok || !vok || !f.knownKind(kind, kn) {
 		return
 	}
-	fields := schema{"name": true}
+	fields := schema{"name": known}
 	if kind == "Workload" {
-		fields["labels"] = true
+		fields["labels"] = known
 	}
 	mn, ok1 := top.need("metadata")
 	sn, ok2 := top.need("spec")

@@ -10,7 +10,7 @@ import (
 
 // policy parses the spec of a Policy.
 func (f *fileReader) policy(name string, p pos, n *yaml.Node) {
-	spec, ok := f.object(n, "spec", schema{"to": true, "allow": true, "deny": true})
+	spec, ok := f.object(n, "spec", schema{"to": known, "allow": known, "deny": known})
 	if !ok {
 		return
 	}
@@ -24,34 +24,49 @@ func (f *fileReader) policy(name string, p pos, n *yaml.Node) {
 		f.fail(at(n), "write \"allow: []\" if nothing shall be allowed", "spec has neither allow nor deny: the file may be half-written")
 	}
 	if hasAllow {
-		out.Allow = f.entries(an, "spec.allow")
+		out.Allow = f.entries(an, "spec.allow", allowFields)
 	}
 	if hasDeny {
-		out.Deny = f.entries(dn, "spec.deny")
+		out.Deny = f.entries(dn, "spec.deny", denyFields)
 	}
 	f.set.Policies = append(f.set.Policies, out)
 }
 
-func (f *fileReader) entries(n *yaml.Node, what string) []Entry {
+func (f *fileReader) entries(n *yaml.Node, what string, fields schema) []Entry {
 	items, ok := f.list(n, what)
 	if !ok {
 		return nil
 	}
 	out := make([]Entry, 0, len(items))
 	for i, item := range items {
-		if e, ok := f.entry(item, fmt.Sprintf("%s[%d]", what, i)); ok {
+		if e, ok := f.entry(item, fmt.Sprintf("%s[%d]", what, i), fields); ok {
 			out = append(out, e)
 		}
 	}
 	return out
 }
 
+// The fields of a rule. The later ones limit it: without them an allow would
+// admit more than was meant, and a deny refuse more, which is the safe side.
+var (
+	allowFields = ruleFields(
+		"leave the whole rule out: this version cannot enforce the field, and without it the rule would allow more",
+		"leave the whole rule out: an allow grants, or it does not exist")
+	denyFields = ruleFields(
+		"remove the field if the rule may deny more than it says: this version cannot enforce it",
+		"remove the field if the rule shall block, else leave the whole rule out: this version cannot merely record")
+)
+
+func ruleFields(limit, mode string) schema {
+	return schema{
+		"from": known, "ports": known, "reason": known,
+		"http": limit, "grpc": limit, "since": limit, "until": limit, "mode": mode,
+	}
+}
+
 // entry parses one rule.
-func (f *fileReader) entry(n *yaml.Node, what string) (Entry, bool) {
-	o, ok := f.object(n, what, schema{
-		"from": true, "ports": true, "reason": true,
-		"http": false, "grpc": false, "since": false, "until": false, "mode": false,
-	})
+func (f *fileReader) entry(n *yaml.Node, what string, fields schema) (Entry, bool) {
+	o, ok := f.object(n, what, fields)
 	if !ok {
 		return Entry{}, false
 	}
@@ -91,7 +106,7 @@ func (f *fileReader) reason(n *yaml.Node, what string) string {
 func (f *fileReader) portRefs(o object) []PortRef {
 	n, ok := o.fields["ports"]
 	if !ok {
-		o.f.fail(at(o.node), "write [all] for every port", "%s is missing", o.path("ports"))
+		o.f.fail(at(o.node), "name the ports, or write [all] for every port", "%s is missing", o.path("ports"))
 		return nil
 	}
 	items, ok := f.list(n, o.path("ports"))
@@ -99,11 +114,11 @@ func (f *fileReader) portRefs(o object) []PortRef {
 		return nil
 	}
 	if len(items) == 0 {
-		f.fail(at(n), "write [all] for every port", "%s is empty", o.path("ports"))
+		f.fail(at(n), "name the ports, or write [all] for every port", "%s is empty", o.path("ports"))
 		return nil
 	}
 	if len(items) > MaxPorts {
-		f.fail(at(n), "write [all] for every port", "%s names more than %d ports", o.path("ports"), MaxPorts)
+		f.fail(at(n), "split the rule", "%s names more than %d ports", o.path("ports"), MaxPorts)
 		return nil
 	}
 	seen := map[string]int{} // :: name or number → line
@@ -140,7 +155,8 @@ func (f *fileReader) portRef(n *yaml.Node, what string) (PortRef, bool) {
 
 // selector reads {workload: …}, {labels: …} or {id: …}.
 func (f *fileReader) selector(n *yaml.Node, what string) (Selector, bool) {
-	o, ok := f.object(n, what, schema{"workload": true, "labels": true, "id": true, "anonymous": false})
+	o, ok := f.object(n, what, schema{"workload": known, "labels": known, "id": known,
+		"anonymous": "leave the whole selector out, and a rule that has no other: this version admits no anonymous caller"})
 	if !ok {
 		return Selector{}, false
 	}
@@ -207,7 +223,7 @@ func (f *fileReader) idPattern(n *yaml.Node, what string) (string, bool) {
 
 // policyTest parses the spec of a PolicyTest.
 func (f *fileReader) policyTest(name string, p pos, n *yaml.Node) {
-	spec, ok := f.object(n, "spec", schema{"cases": true})
+	spec, ok := f.object(n, "spec", schema{"cases": known})
 	if !ok {
 		return
 	}
@@ -221,8 +237,11 @@ func (f *fileReader) policyTest(name string, p pos, n *yaml.Node) {
 	f.set.Tests = append(f.set.Tests, out)
 }
 
+const laterRequest = "leave the whole case out, or remove the field to ask for the port as a whole"
+
 func (f *fileReader) testCase(n *yaml.Node, what string) (Case, bool) {
-	o, ok := f.object(n, what, schema{"from": true, "to": true, "port": true, "expect": true, "http": false, "grpc": false, "at": false})
+	o, ok := f.object(n, what, schema{"from": known, "to": known, "port": known, "expect": known,
+		"http": laterRequest, "grpc": laterRequest, "at": "remove it: a rule of this version holds at all times"})
 	if !ok {
 		return Case{}, false
 	}

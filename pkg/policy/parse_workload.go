@@ -22,7 +22,7 @@ func (f *fileReader) workload(meta object, name string, p pos, n *yaml.Node) {
 	if ln, ok := meta.fields["labels"]; ok {
 		w.Labels = f.labels(ln, "metadata.labels")
 	}
-	spec, ok := f.object(n, "spec", schema{"id": true, "attest": true, "ports": true, "endpoints": false})
+	spec, ok := f.object(n, "spec", schema{"id": known, "attest": known, "ports": known, "endpoints": "remove it: replicas tell where they are"})
 	if !ok {
 		return
 	}
@@ -128,7 +128,7 @@ func (f *fileReader) attest(n *yaml.Node) []Attest {
 		case len(out) > 0:
 			f.fail(at(kn), "", "duplicate attest kind %q", kind)
 		default:
-			if _, ok := f.object(item, what, schema{"kind": true}); ok {
+			if _, ok := f.object(item, what, schema{"kind": known}); ok {
 				out = append(out, Attest{Kind: kind})
 			}
 		}
@@ -174,7 +174,9 @@ func (f *fileReader) ports(n *yaml.Node) []Port {
 }
 
 func (f *fileReader) port(n *yaml.Node, what string, names map[string]int, numbers map[uint16]int) (Port, bool) {
-	o, ok := f.object(n, what, schema{"name": true, "port": true, "protocol": true, "direct": false, "plaintext": false})
+	o, ok := f.object(n, what, schema{"name": known, "port": known, "protocol": known,
+		"direct":    "remove it: callers come through their sidecars",
+		"plaintext": "remove it: callers without a sidecar are refused"})
 	if !ok {
 		return Port{}, false
 	}

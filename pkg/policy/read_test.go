@@ -371,3 +371,21 @@ func checkErrors(t *testing.T, err error, data []byte) {
 		}
 	}
 }
+
+// TestNoFinalNewline shows text where the file ends, also when its last line is
+// blank: cut off within an indentation.
+func TestNoFinalNewline(t *testing.T) {
+	const why = ": the file does not end with a newline: it may be half-written"
+	for src, want := range map[string]string{
+		"a: b":         "x.yaml:1:5" + why + "\n    a: b\n        ^\n    hint: end the last line with a newline",
+		"a: b\nc:   ":  "x.yaml:2:6" + why + "\n    c:\n         ^\n    hint: end the last line with a newline",
+		"a: é\n\n\t  ": "x.yaml:1:5" + why + "\n    a: é\n        ^\n    hint: only blanks follow this line: end the file with a newline",
+		"a: b\r\n ":    "x.yaml:1:5" + why + "\n    a: b\n        ^\n    hint: only blanks follow this line: end the file with a newline",
+		"  ":           "x.yaml" + why + "\n    hint: delete the file or write a comment into it",
+	} {
+		_, err := ParseFiles("", map[string][]byte{"x.yaml": []byte(src)})
+		if err == nil || err.Error() != want {
+			t.Errorf("%q: got\n%v\nwant\n%s", src, err, want)
+		}
+	}
+}

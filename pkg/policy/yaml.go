@@ -108,8 +108,7 @@ func (f *fileReader) checkText() bool {
 		most = max(most, values)
 	}
 	if start != len(f.src) {
-		f.fail(pos{line, 1 + utf8.RuneCount(f.src[start:])}, "end the last line with a newline",
-			"the file does not end with a newline: it may be half-written")
+		f.failUnended(start)
 		return false
 	}
 	if most > maxValues {
@@ -117,6 +116,20 @@ func (f *fileReader) checkText() bool {
 		return false
 	}
 	return true
+}
+
+// failUnended reports that the last line, which begins at start, has no end. It
+// points behind the last line that has text.
+func (f *fileReader) failUnended(start int) {
+	src, hint := f.src, "end the last line with a newline"
+	if len(bytes.TrimSpace(src[start:])) == 0 {
+		src, hint = bytes.TrimRight(src, " \t\r\n"), "only blanks follow this line: end the file with a newline"
+	}
+	p := pos{1 + bytes.Count(src, []byte{'\n'}), 1 + utf8.RuneCount(src[bytes.LastIndexByte(src, '\n')+1:])}
+	if len(src) == 0 {
+		p, hint = pos{}, "delete the file or write a comment into it"
+	}
+	f.fail(p, hint, "the file does not end with a newline: it may be half-written")
 }
 
 // isMarker reports whether a line begins a document: "---" in the first column
