@@ -12,18 +12,21 @@ GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 FUZZTIME    ?= 10s
 
 # The race detector needs a C compiler.
-CC_FOUND    := $(shell command -v "$$(go env CC)" 2>/dev/null)
+CC_FOUND    := $(shell command -v "$$(go env CC 2>/dev/null)" 2>/dev/null)
 RACE        := $(if $(CC_FOUND),-race)
 
 # name → package of every program
 PROGRAMS := sallyport-controlplane=./cmd/controlplane sallyport-proxy=./cmd/proxy sallyport=./cmd/sallyport shop=./examples/shop
 
-.PHONY: help build demo test smoke e2e lint vuln fuzz clean
+.PHONY: help build demo test smoke e2e lint vuln fuzz clean have-go
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
-build: ## build the programs into bin/: static, stripped, version stamped
+have-go:
+	@command -v go >/dev/null || { echo "go is not on PATH. Install Go 1.21 or later (https://go.dev/dl), or add its folder: export PATH=\$$PATH:/usr/local/go/bin" >&2; exit 1; }
+
+build: have-go ## build the programs into bin/: static, stripped, version stamped
 	@mkdir -p bin
 	@for p in $(PROGRAMS); do \
 	  CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o "bin/$${p%%=*}" "$${p#*=}"; \
@@ -32,7 +35,7 @@ build: ## build the programs into bin/: static, stripped, version stamped
 demo: build ## run the example shop until Ctrl-C
 	@exec bin/sallyport up examples/shop
 
-test: ## run every test that needs no root and no installed server
+test: have-go ## run every test that needs no root and no installed server
 	@$(if $(CC_FOUND),,echo "no C compiler found: testing without the race detector")
 	@$(if $(CC_FOUND),CGO_ENABLED=1) go test $(RACE) ./...
 
@@ -42,17 +45,17 @@ smoke: build ## run the demo's story and check it
 e2e: build ## run the programs through faults: kills, rotations, images, units
 	@go test -tags e2e -count=1 -v ./test/e2e/...
 
-lint: ## check format, vet, staticcheck and the import rows
+lint: have-go ## check format, vet, staticcheck and the import rows
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "not formatted:"; echo "$$unformatted"; exit 1; }
 	@go vet ./...
 	@go vet -tags smoke,e2e ./test/...
 	@GOTOOLCHAIN=go$(GO_VERSION)+auto go run $(STATICCHECK) -tags smoke,e2e ./...
 	@go test -count=1 ./internal/arch
 
-vuln: ## look for known vulnerabilities (needs the public database)
+vuln: have-go ## look for known vulnerabilities (needs the public database)
 	@GOTOOLCHAIN=go$(GO_VERSION)+auto go run $(GOVULNCHECK) ./...
 
-fuzz: ## run each fuzz target for FUZZTIME
+fuzz: have-go ## run each fuzz target for FUZZTIME
 	@go test -list '^Fuzz' ./... \
 	  | awk '/^Fuzz/ {name[n++] = $$1} /^ok/ {for (i = 0; i < n; i++) print $$2, name[i]; n = 0}' \
 	  | while read -r pkg name; do \
@@ -60,4 +63,8 @@ fuzz: ## run each fuzz target for FUZZTIME
 	    done
 
 clean: ## remove what was built and the demo's state
+	@lock=examples/shop/.sallyport/up.lock; \
+	if [ -e "$$lock" ] && command -v flock >/dev/null && ! flock -n "$$lock" true; then \
+	  echo "the demo is running (pid $$(cat "$$lock")): stop it with Ctrl-C first" >&2; exit 1; \
+	fi
 	@rm -rf bin examples/shop/.sallyport

@@ -5,15 +5,18 @@ import (
 	"encoding/json"
 	"errors"
 	"net/http"
+	"syscall"
 )
 
-// attempt is one thing that the intruder tried and what came back.
+// attempt is one thing that the intruder tried and what came back. Neither
+// refused nor unreachable means that it got through.
 type attempt struct {
-	Target  string          `json:"target"`
-	Tried   string          `json:"tried"`
-	Refused bool            `json:"refused"`
-	Got     string          `json:"got"`
-	Answer  json.RawMessage `json:"answer,omitempty"` // the body, where it is JSON
+	Target      string          `json:"target"`
+	Tried       string          `json:"tried"`
+	Refused     bool            `json:"refused"`
+	Unreachable bool            `json:"unreachable,omitempty"`
+	Got         string          `json:"got"`
+	Answer      json.RawMessage `json:"answer,omitempty"` // the body, where it is JSON
 }
 
 // intruder has a valid identity of its own and tries, on GET /attack, what no
@@ -45,21 +48,35 @@ func attackPayments(ctx context.Context, client *http.Client, addr string) attem
 	if err == nil {
 		return a
 	}
-	a.Refused, a.Got = true, err.Error()
 	var answer *answerError
-	if errors.As(err, &answer) {
-		a.Got = answer.status
-		if json.Valid([]byte(answer.body)) {
-			a.Answer = json.RawMessage(answer.body)
-		}
+	if !errors.As(err, &answer) {
+		a.Unreachable, a.Got = true, err.Error()
+		return a
+	}
+	a.Got = answer.status
+	if json.Valid([]byte(answer.body)) {
+		a.Answer = json.RawMessage(answer.body)
+	}
+	// Only a sidecar's answer carries a decision id; any other is the app's own.
+	var sidecar struct {
+		DecisionID string `json:"decision_id"`
+	}
+	if json.Unmarshal(a.Answer, &sidecar) == nil && sidecar.DecisionID != "" {
+		a.Refused = answer.code == http.StatusForbidden
+		a.Unreachable = !a.Refused
 	}
 	return a
 }
 
+// attackLedger takes a reset for a refusal: it is all that a TCP client is told.
 func attackLedger(ctx context.Context, addr string) attempt {
 	a := attempt{Target: "ledger", Tried: "RECORD stolen 1", Got: "an entry"}
-	if _, _, err := record(ctx, addr, charge{"stolen", 1}); err != nil {
-		a.Refused, a.Got = true, err.Error()
+	_, _, err := record(ctx, addr, charge{"stolen", 1})
+	switch {
+	case errors.Is(err, syscall.ECONNRESET):
+		a.Refused, a.Got = true, "closed without a byte; the flow records have the decision id, or say that the ledger could not be reached"
+	case err != nil:
+		a.Unreachable, a.Got = true, err.Error()
 	}
 	return a
 }

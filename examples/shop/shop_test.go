@@ -237,7 +237,7 @@ func TestIntruderReportsWhatCameBack(t *testing.T) {
 		fmt.Fprint(w, `{"decision_id":"00112233aabbccdd"}`)
 	}))
 	defer payments.Close()
-	ledger := ledgerStub(t, func(net.Conn) {}) // closed at once
+	ledger := ledgerStub(t, func(c net.Conn) { _ = c.(*net.TCPConn).SetLinger(0) }) // closed with a reset
 	addr := freeAddr(t)
 	startService(t, (*shop).intruder, map[string]string{"LISTEN_HTTP": addr, "UPSTREAM_PAYMENTS_HTTP": payments.Listener.Addr().String(), "UPSTREAM_LEDGER_TCP": ledger})
 	_, body := get(t, "http://"+addr+"/attack")
@@ -250,8 +250,38 @@ func TestIntruderReportsWhatCameBack(t *testing.T) {
 	if !p.Refused || p.Got != "403 Forbidden" || answer["decision_id"] != "00112233aabbccdd" {
 		t.Errorf("payments: %+v", p)
 	}
-	if want := "waiting for the ledger's banner: the connection was closed"; !l.Refused || l.Got != want {
+	if want := "closed without a byte; the flow records have the decision id"; !l.Refused || l.Unreachable || !strings.HasPrefix(l.Got, want) {
 		t.Errorf("ledger: got %+v, want %q", l, want)
+	}
+}
+
+func TestIntruderTellsRefusedFromUnreachable(t *testing.T) {
+	for _, c := range []struct {
+		code                 int
+		body                 string
+		refused, unreachable bool
+	}{
+		{http.StatusForbidden, `{"decision_id":"00112233aabbccdd"}`, true, false},
+		{http.StatusServiceUnavailable, `{"decision_id":"00112233aabbccdd"}`, false, true},
+		{http.StatusForbidden, `{"error":"the app's own answer"}`, false, false},
+		{http.StatusBadGateway, `not JSON`, false, false},
+	} {
+		payments := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(c.code)
+			fmt.Fprint(w, c.body)
+		}))
+		got := attackPayments(t.Context(), newClient(), payments.Listener.Addr().String())
+		payments.Close()
+		if got.Refused != c.refused || got.Unreachable != c.unreachable {
+			t.Errorf("%d %s: got %+v", c.code, c.body, got)
+		}
+	}
+	nobody := freeAddr(t)
+	if got := attackPayments(t.Context(), newClient(), nobody); got.Refused || !got.Unreachable {
+		t.Errorf("payments without a sidecar: got %+v", got)
+	}
+	if got := attackLedger(t.Context(), nobody); got.Refused || !got.Unreachable {
+		t.Errorf("ledger without a sidecar: got %+v", got)
 	}
 }
 

@@ -54,7 +54,7 @@ func passStream(stopping context.Context, w http.ResponseWriter, r *http.Request
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
 		body, _ := io.ReadAll(io.LimitReader(resp.Body, maxBody)) // only to say more
-		reply(w, nil, &answerError{"orders", resp.Status, string(body)})
+		reply(w, nil, &answerError{"orders", resp.StatusCode, resp.Status, string(body)})
 		return
 	}
 	lines := bufio.NewScanner(resp.Body)

@@ -71,6 +71,7 @@ func newClient() *http.Client {
 // answerError is what another service answered instead of 200.
 type answerError struct {
 	service string
+	code    int
 	status  string
 	body    string
 }
@@ -102,7 +103,7 @@ func call(ctx context.Context, client *http.Client, service, url string, in, out
 		return fmt.Errorf("reading the answer of %s: %w", service, err)
 	}
 	if resp.StatusCode != http.StatusOK {
-		return &answerError{service, resp.Status, strings.TrimSpace(string(answer))}
+		return &answerError{service, resp.StatusCode, resp.Status, strings.TrimSpace(string(answer))}
 	}
 	if err := json.Unmarshal(answer, out); err != nil {
 		return fmt.Errorf("reading the answer of %s: %w", service, err)

@@ -64,6 +64,7 @@ func (c *console) writer(name string, i int) *lineWriter {
 type lineWriter struct {
 	c       *console
 	prefix  string
+	mute    string // lines that hold it are left out; "" is none
 	line    []byte // the unfinished line, at most maxLine bytes
 	dropped int    // bytes of the unfinished line that did not fit
 }
@@ -91,10 +92,13 @@ func (w *lineWriter) Write(p []byte) (int, error) {
 // flush prints the unfinished line as if it had ended here.
 func (w *lineWriter) flush() {
 	text := printable(strings.TrimSuffix(string(w.line), "\r"))
+	muted := w.mute != "" && strings.Contains(text, w.mute)
 	if w.dropped > 0 {
 		text += fmt.Sprintf(" … (%d bytes more)", w.dropped)
 	}
-	w.c.write(w.c.out, w.prefix+text+"\n")
+	if !muted {
+		w.c.write(w.c.out, w.prefix+text+"\n")
+	}
 	w.line, w.dropped = w.line[:0], 0
 }
 

@@ -48,6 +48,16 @@ func TestConsoleColoursTheNameOnly(t *testing.T) {
 	}
 }
 
+func TestConsoleLeavesOutWhatIsMuted(t *testing.T) {
+	var out bytes.Buffer
+	w := (&console{width: 4, out: &out}).writer("app", 0)
+	w.mute = "known"
+	fmt.Fprint(w, "first\n[WARN] well known\nlast\n")
+	if want := "app  | first\napp  | last\n"; out.String() != want {
+		t.Errorf("got %q, want %q", out.String(), want)
+	}
+}
+
 // slowWriter lets others run between any two bytes.
 type slowWriter struct{ out []byte }
 

@@ -37,6 +37,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
+	"github.com/sallyport-mesh/sallyport/internal/capture"
 )
 
 // The test binary plays every program of a mesh, under the name it is called by.
@@ -101,11 +102,11 @@ func (s *tokens) CreateToken(_ context.Context, r *sallyportv1.CreateTokenReques
 
 func playControlPlane() error {
 	flags := map[string]*string{}
-	for _, f := range []string{"trust-domain", "data-dir", "listen", "metrics-listen", "admin-socket", "policy-dir", "svid-ttl", "log-level"} {
+	for _, f := range []string{"trust-domain", "data-dir", "listen", "metrics-listen", "admin-socket", "policy-dir", "svid-ttl"} {
 		flags[f] = flag.String(f, "", "")
 	}
 	flag.Parse()
-	if *flags["log-level"] == "error" {
+	if *flags["svid-ttl"] == "1s" {
 		return errors.New("this control plane does not start")
 	}
 	fmt.Println("trust domain", *flags["trust-domain"], "ttl", *flags["svid-ttl"])
@@ -139,6 +140,8 @@ func playProxy() error {
 	dir := filepath.Dir(os.Args[3])
 	token, err := os.ReadFile(filepath.Join(dir, c.TokenFile))
 	fmt.Printf("token %q %v app %v outbound %v\n", token, err, c.App, c.Outbound)
+	fmt.Println("log level", c.Log.Level)
+	fmt.Println("[WARN] " + capture.IsolationOf([]uint32{uint32(os.Geteuid())}).Reason)
 	if err := enrol(filepath.Join(dir, c.StateDir)); err != nil {
 		return err
 	}
@@ -356,6 +359,7 @@ spec:
       tunnel: "@ftun"
       admin: "@fadm"
       outbound: [{listen: "@fout", to: "back:http"}]
+  logLevel: warn
   try: |
     Call http://{{addr "front" "web"}}/ and read {{admin "front"}}
     {{sallyport}} flows

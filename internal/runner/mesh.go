@@ -8,10 +8,13 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.yaml.in/yaml/v4"
+
+	"github.com/sallyport-mesh/sallyport/internal/configfile"
 )
 
 // maxMeshFile bounds mesh.yaml, in bytes.
@@ -133,11 +136,28 @@ func parse(file string, content []byte, offset int) (*mesh, error) {
 	r := &reader{file: file, offset: offset}
 	var in meshFile
 	if err := yaml.Load(bytes.TrimPrefix(content, []byte("\ufeff")), &in, yaml.WithKnownFields()); err != nil {
-		return nil, r.yamlError(err)
+		return nil, withLines(file, content, r.yamlError(err))
 	}
 	m := r.mesh(in)
 	if len(r.errs) > 0 {
-		return nil, errors.Join(r.errs...)
+		return nil, withLines(file, content, errors.Join(r.errs...))
 	}
 	return m, nil
+}
+
+// withLines shows the line and a caret below each error of a joined err that
+// begins with FILE:LINE:COL.
+func withLines(file string, content []byte, err error) error {
+	var out []error
+	for msg := range strings.SplitSeq(err.Error(), "\n") {
+		var line, col int
+		if at, ok := strings.CutPrefix(msg, file+":"); ok {
+			fmt.Sscanf(at, "%d:%d:", &line, &col) // 0 where there is none, and then there is no snippet
+		}
+		if s := configfile.Snippet(bytes.TrimPrefix(content, []byte("\ufeff")), line, col); s != "" {
+			msg += "\n    " + strings.ReplaceAll(s, "\n", "\n    ")
+		}
+		out = append(out, errors.New(msg))
+	}
+	return errors.Join(out...)
 }

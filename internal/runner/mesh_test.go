@@ -46,6 +46,15 @@ func TestParse(t *testing.T) {
 	}
 }
 
+func TestTryQuotesPathsForAShell(t *testing.T) {
+	var b strings.Builder
+	m := &mesh{policies: "/my shop/policy", try: text{value: "vi {{policies}}/a.yaml"}}
+	require.NoError(t, tryData{mesh: m}.render(&b))
+	if want := "vi '/my shop/policy'/a.yaml"; b.String() != want {
+		t.Errorf("got %s, want %s", b.String(), want)
+	}
+}
+
 func TestParseSaysWhereTheMistakeIs(t *testing.T) {
 	for _, c := range []struct{ old, new, want string }{
 		{"trustDomain: test", "trustDomane: test", "mesh.yaml:4:3: unknown key trustDomane"},

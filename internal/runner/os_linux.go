@@ -58,13 +58,32 @@ func lockState(dir string) (unlock func(), err error) {
 		if !errors.Is(err, unix.EWOULDBLOCK) {
 			return nil, fmt.Errorf("locking the state folder %s: %w", dir, err)
 		}
-		holder := make([]byte, 32)
-		n, _ := f.Read(holder)
-		return nil, fmt.Errorf("another `sallyport up` (pid %s) runs on %s; stop it, or choose another folder with --state", strings.TrimSpace(string(holder[:n])), dir)
+		return nil, fmt.Errorf("another `sallyport up` (pid %s) runs on %s; stop it, or choose another folder with --state", pidIn(f), dir)
 	}
 	// The number is for that message only; the lock is what counts.
 	if err := f.Truncate(0); err == nil {
 		_, _ = fmt.Fprintln(f, os.Getpid())
 	}
 	return func() { f.Close() }, nil
+}
+
+// stateHolder gives the id of the process that has claimed a state folder, "" if
+// none has.
+func stateHolder(dir string) string {
+	f, err := os.Open(filepath.Join(dir, "up.lock"))
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	if !errors.Is(unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK) {
+		return ""
+	}
+	return pidIn(f)
+}
+
+// pidIn reads the number in a lock file; it is for messages only.
+func pidIn(f *os.File) string {
+	text := make([]byte, 32)
+	n, _ := f.Read(text)
+	return strings.TrimSpace(string(text[:n]))
 }

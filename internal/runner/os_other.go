@@ -13,6 +13,8 @@ func lockState(string) (func(), error) { return nil, errLinuxOnly }
 
 // The rest is never reached, because lockState comes first.
 
+func stateHolder(string) string { return "" }
+
 func childAttributes() *syscall.SysProcAttr { return nil }
 
 func runOnOneThread(work <-chan func()) {

@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"go.yaml.in/yaml/v4"
+
+	"github.com/sallyport-mesh/sallyport/internal/capture"
 )
 
 // maxSocketPath is the longest path that a unix socket may have on Linux, in
@@ -52,6 +54,7 @@ func newPlan(cfg Config, m *mesh) (*plan, error) {
 	}
 	p.control = p.controlSpec(program)
 	sockets := []string{p.socket}
+	isolation := capture.IsolationOf([]uint32{uint32(os.Geteuid())}).Reason // what a sidecar warns of
 	for _, w := range m.loads {
 		app, err := p.lookUp(w.command[0].value)
 		if err != nil {
@@ -62,7 +65,7 @@ func newPlan(cfg Config, m *mesh) (*plan, error) {
 		p.pairs = append(p.pairs, pair{
 			workload: w,
 			dir:      dir,
-			sidecar:  spec{name: w.name.value + "/proxy", argv: []string{proxy, "run", "--config", filepath.Join(dir, "proxy.yaml")}},
+			sidecar:  spec{name: w.name.value + "/proxy", argv: []string{proxy, "run", "--config", filepath.Join(dir, "proxy.yaml")}, mute: isolation},
 			app:      appSpec(app, m.dir, w),
 		})
 	}
@@ -110,9 +113,6 @@ func (p *plan) controlSpec(program string) spec {
 	if c.svidTTL > 0 {
 		argv = append(argv, "-svid-ttl", c.svidTTL.String())
 	}
-	if p.mesh.logLevel != "" {
-		argv = append(argv, "-log-level", p.mesh.logLevel)
-	}
 	return spec{name: "controlplane", argv: argv}
 }
 
@@ -147,7 +147,8 @@ const releaseTime = time.Second
 
 // checkPortsFree finds out which key of mesh.yaml names an address that another
 // program has, while that can still be said in one line.
-func checkPortsFree(ctx context.Context, m *mesh) error {
+func (p *plan) checkPortsFree(ctx context.Context) error {
+	m := p.mesh
 	ctx, cancel := context.WithTimeout(ctx, releaseTime)
 	defer cancel()
 	tick := time.NewTicker(pollEvery)
@@ -163,12 +164,24 @@ func checkPortsFree(ctx context.Context, m *mesh) error {
 			}
 			select {
 			case <-ctx.Done():
-				return fmt.Errorf("%s: %s: %s is in use by another program; stop that one, or shift every port of the mesh with --port-offset", position(m.file, a.at), a.key, a)
+				return fmt.Errorf("%s: %s: %s is in use by %s; stop that one, or shift every port of the mesh with --port-offset", position(m.file, a.at), a.key, a, p.otherProgram())
 			case <-tick.C:
 			}
 		}
 	}
 	return nil
+}
+
+// otherProgram says who has a port of the mesh, as far as the lock of the
+// default state folder tells.
+func (p *plan) otherProgram() string {
+	usual := defaultState(p.mesh.dir)
+	if usual != p.cfg.State {
+		if pid := stateHolder(usual); pid != "" {
+			return fmt.Sprintf("another program, probably the `sallyport up` (pid %s) that runs on %s", pid, usual)
+		}
+	}
+	return "another program"
 }
 
 // checkFree listens on an address for an instant.
@@ -291,7 +304,7 @@ func (p *plan) summary() string {
 		fmt.Fprintf(t, "%s\t%s\t%s\thttp://%s/metrics\n", w.name.value, w.ports(), w.tunnel, w.admin)
 	}
 	_ = t.Flush() // into memory
-	fmt.Fprintf(&b, "\nLocal isolation is off: everything here runs as user %d, so any program of that\nuser can use any sidecar's local listeners and speak with its identity.\n", os.Getuid())
+	fmt.Fprintf(&b, "\nNote that local isolation is off: everything here runs as user %d, so any program\nof that user can use any sidecar's local listeners and speak with its identity.\n", os.Getuid())
 	if p.mesh.try.value != "" {
 		b.WriteString("\n")
 		_ = p.tryData().render(&b) // rendered once already when mesh.yaml was read

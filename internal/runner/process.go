@@ -20,6 +20,7 @@ type spec struct {
 	argv []string // argv[0] is an absolute path
 	env  []string // NAME=value, added to the runner's own environment
 	dir  string   // working folder
+	mute string   // lines that hold it are not shown, because the runner says it once for all; "" is none
 }
 
 var shellSafe = regexp.MustCompile(`^[A-Za-z0-9_@%+=:,./-]+$`)
@@ -31,11 +32,17 @@ func (s spec) String() string {
 		words = append([]string{"env"}, words...)
 	}
 	for i, w := range words {
-		if !shellSafe.MatchString(w) {
-			words[i] = "'" + strings.ReplaceAll(w, "'", `'\''`) + "'"
-		}
+		words[i] = shellWord(w)
 	}
 	return strings.Join(words, " ")
+}
+
+// shellWord quotes w where a shell would not take it as it is.
+func shellWord(w string) string {
+	if shellSafe.MatchString(w) {
+		return w
+	}
+	return "'" + strings.ReplaceAll(w, "'", `'\''`) + "'"
 }
 
 // process is one running child with everything in its process group.
@@ -113,6 +120,7 @@ func newGroup(cfg Config, names []string) *group {
 // it ends, and that has to be the end of the whole runner.
 func (g *group) start(s spec) (*process, error) {
 	out := g.console.writer(s.name, len(g.procs))
+	out.mute = s.mute
 	cmd := &exec.Cmd{Path: s.argv[0], Args: s.argv, Env: append(os.Environ(), s.env...), Dir: s.dir,
 		Stdout: out, Stderr: out, SysProcAttr: childAttributes(), WaitDelay: time.Second}
 	started := make(chan error)

@@ -56,7 +56,7 @@ func (c Config) withDefaults() (Config, error) {
 		return c, fmt.Errorf("locating %s: %w", c.Dir, err)
 	}
 	if c.State == "" {
-		c.State = filepath.Join(c.Dir, ".sallyport")
+		c.State = defaultState(c.Dir)
 	}
 	if c.State, err = filepath.Abs(c.State); err != nil {
 		return c, fmt.Errorf("locating %s: %w", c.State, err)
@@ -86,6 +86,9 @@ func (c Config) withDefaults() (Config, error) {
 	return c, nil
 }
 
+// defaultState is the state folder of the mesh in dir.
+func defaultState(dir string) string { return filepath.Join(dir, ".sallyport") }
+
 // errAllEnded ends a run that has nothing left to run.
 var errAllEnded = errors.New("every process of the mesh has ended; their last lines are above")
 
@@ -114,7 +117,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer unlock()
-	if err := checkPortsFree(ctx, mesh); err != nil {
+	if err := plan.checkPortsFree(ctx); err != nil {
 		return err
 	}
 	if err := plan.writeFiles(); err != nil {

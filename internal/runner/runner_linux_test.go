@@ -63,7 +63,7 @@ func TestMeshComesUpInOrderAndGoesDownInReverse(t *testing.T) {
 		fmt.Sprintf("front        | settings [LISTEN_WEB=%s UPSTREAM_BACK_HTTP=%s]", s.ports["@fapp"], s.ports["@fout"]),
 		"sallyport    | front is ready",
 		"NAME", "controlplane", "back ", "front ",
-		"Local isolation is off",
+		"local isolation is off",
 		fmt.Sprintf("Call http://%s/ and read %s\n", s.ports["@fapp"], s.ports["@fadm"]),
 		"sallyport --socket "+filepath.Join(s.dir, ".sallyport", "admin.sock")+" flows\n",
 	)
@@ -73,6 +73,10 @@ func TestMeshComesUpInOrderAndGoesDownInReverse(t *testing.T) {
 		if info.Mode().Perm() != 0o600 {
 			t.Errorf("%s has mode %v, want 0600", f, info.Mode())
 		}
+	}
+	inOrder(t, u.out.String(), "back/proxy   | log level warn")
+	if n := strings.Count(strings.ToLower(u.out.String()), "local isolation is off"); n != 1 {
+		t.Errorf("local isolation is said to be off %d times, want once:\n%s", n, u.out)
 	}
 	running := pids(t, u.out.String())
 	require.Len(t, running, 5)
@@ -291,7 +295,7 @@ func TestRunSaysWhatIsWrong(t *testing.T) {
 		{"no such destination", "back:http", "bakc:http", nil, "no Workload has the ID spiffe://test.example/bakc"},
 		{"no such destination port", "back:http", "back:8081", nil, "Workload back (all.yaml:3) declares no port 8081"},
 		{"app ends early", "[app, wait]", "[app, early]", nil, "waiting for back: it ended before it was ready: exit status 4"},
-		{"control plane ends early", "  policies: policy", "  policies: policy\n  logLevel: error", nil, "waiting for controlplane: it ended before it was ready: exit status 1"},
+		{"control plane ends early", "svidTTL: 1h", "svidTTL: 1s", nil, "waiting for controlplane: it ended before it was ready: exit status 1"},
 		{"never ready", "", "", func(c *Config) { c.StartTimeout = time.Nanosecond }, "waiting for controlplane: not ready after 1ns"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -337,6 +341,11 @@ func TestOneRunPerStateFolder(t *testing.T) {
 	second := s.start(t)
 	want := fmt.Sprintf("another `sallyport up` (pid %d) runs on %s", os.Getpid(), filepath.Join(s.dir, ".sallyport"))
 	if err := second.end(t); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("got %v, want %q", err, want)
+	}
+	elsewhere := s.start(t, func(c *Config) { c.State = filepath.Join(s.dir, "other") })
+	want = fmt.Sprintf("is in use by another program, probably the `sallyport up` (pid %d) that runs on %s", os.Getpid(), filepath.Join(s.dir, ".sallyport"))
+	if err := elsewhere.end(t); err == nil || !strings.Contains(err.Error(), want) {
 		t.Errorf("got %v, want %q", err, want)
 	}
 	u.stop()

@@ -16,7 +16,8 @@ type tryData struct {
 // funcs are the placeholders of spec.try: {{addr "orders" "http"}} is where an
 // app listens, {{admin "orders"}} and {{tunnel "orders"}} where its sidecar
 // does, {{metrics}} the control plane's metrics, {{policies}} the watched
-// folder, {{sallyport}} the command line up to the verb.
+// folder, {{sallyport}} the command line up to the verb. The last two are quoted
+// for a shell where they have to be.
 func (d tryData) funcs() template.FuncMap {
 	return template.FuncMap{
 		"addr": func(name, port string) (string, error) {
@@ -40,7 +41,7 @@ func (d tryData) funcs() template.FuncMap {
 			return w.tunnel.String(), err
 		},
 		"metrics":   func() string { return d.mesh.control.metrics.String() },
-		"policies":  func() string { return relative(d.mesh.policies) },
+		"policies":  func() string { return shellWord(relative(d.mesh.policies)) },
 		"sallyport": func() string { return d.cli },
 	}
 }
