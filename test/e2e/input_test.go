@@ -196,7 +196,15 @@ func TestStartErrors(t *testing.T) {
 			}
 			return nil
 		})
-		clearLog(t, p.Log())
+		select {
+		case <-p.Done():
+		case <-time.After(2 * realmesh.Deadline):
+			t.Fatal("a first enrolment goes on for ever")
+		}
+		if p.Wait(t) == 0 {
+			t.Errorf("exit code 0")
+		}
+		clear1(t, p.Log(), "unreachable", other.GRPC, "controlPlane")
 	})
 }
 

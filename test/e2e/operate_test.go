@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -13,6 +14,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/stretchr/testify/require"
@@ -199,4 +201,33 @@ func TestUpKilledLeavesNothing(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// TestRemovedWorkload: a workload that is no more is denied everything, on live
+// connections too, although its sidecars hold valid SVIDs; status names them.
+func TestRemovedWorkload(t *testing.T) {
+	m := realmesh.New(t, nil)
+	mustCLI(t, m, "apply", writeFolder(t, filepath.Join(m.Dir, "files"), pairFiles()))
+	m.Sidecar(realmesh.SidecarConfig{Name: "server", Serve: map[string]string{"http": realmesh.HTTPApp(t, "a"), "echo": realmesh.EchoApp(t, "hello\n")}})
+	client := m.Sidecar(realmesh.SidecarConfig{Name: "client", Outbound: map[string]string{"server:http": "", "server:echo": ""}})
+	waitOK(t, "http://"+client.Out["server:http"])
+	conn := live(t, client.Out["server:echo"])
+	require.NoError(t, conn.SetDeadline(time.Now().Add(realmesh.Deadline)))
+
+	out := mustCLI(t, m, "apply", writeFolder(t, filepath.Join(m.Dir, "less"), map[string]string{
+		"workloads.yaml": workload("client", ""),
+	}), "--wait", "20s")
+	if !strings.Contains(out, "2 sidecars acknowledged") {
+		t.Errorf("apply --wait: %s", out)
+	}
+	if _, err := conn.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("a live connection to the removed workload: %v, want it cut", err)
+	}
+	if got := status(t, "http://"+client.Out["server:http"]); got == http.StatusOK {
+		t.Errorf("a new request to the removed workload: status %d", got)
+	}
+	stdout, _, code := m.CLI("status")
+	if code != 1 || !strings.Contains(stdout, "no Workload has this ID") {
+		t.Errorf("status: exit code %d: %s", code, stdout)
+	}
 }
