@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sallyport-mesh/sallyport/internal/flow"
@@ -18,10 +19,14 @@ import (
 // Reasons for which a live connection is ended from outside.
 var errDrained = errors.New("the sidecar is stopping")
 
-// cutError is the cause of a connection that newer rules deny.
+// cutError is the cause of a connection that newer rules deny, or whose peer's
+// issuer newer bundles do not hold.
 type cutError struct{ verdict verdict }
 
 func (e *cutError) Error() string {
+	if e.verdict.why != "" {
+		return "cut: " + e.verdict.why
+	}
 	return fmt.Sprintf("cut by policy revision %s: %s", e.verdict.revision, e.verdict.Rule)
 }
 
@@ -32,6 +37,7 @@ type conn struct {
 	side   flow.Side
 	start  time.Time
 	cancel context.CancelCauseFunc
+	peer   atomic.Pointer[proof] // nil until the peer is authenticated
 }
 
 // conns is the connections of one side. The zero value is ready.

@@ -58,6 +58,10 @@ func failureClass(err error) string {
 		verify verificationError
 	)
 	switch {
+	case errors.Is(err, errEvicted):
+		return "evicted"
+	case errors.Is(err, errTooMany):
+		return "too-many"
 	case errors.As(err, &verify):
 		return "peer-not-verified"
 	case errors.Is(err, identity.ErrNoIdentity):

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -20,6 +21,7 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/flow"
 	"github.com/sallyport-mesh/sallyport/internal/relay"
 	"github.com/sallyport-mesh/sallyport/internal/tunnel"
+	"github.com/sallyport-mesh/sallyport/internal/xds"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
@@ -27,21 +29,16 @@ import (
 // Limits of the inbound side.
 const (
 	DefaultMaxConns      = 16384            // connections at once; more wait in the kernel's queue
-	DefaultMaxHandshakes = 512              // TLS handshakes at once
+	DefaultMaxHandshakes = 512              // TLS handshakes at once; one more ends the oldest
 	handshakeLimit       = 10 * time.Second // from accepting to an authenticated peer
-	appDialLimit         = 5 * time.Second
+	requestLimit         = 3 * time.Second  // from there to the end of its request's headers
+	peerShare            = 2                // of MaxConns, one identity has one in this many …
+	minPeerConns         = 64               // … but always as many as this
 )
 
 // alpn is what both sides offer. The listener decides the protocol, never ALPN:
 // it is there for tools in between.
 const alpn = "h2"
-
-// App is where the app serves one declared port.
-type App struct {
-	Port    string // declared name
-	Network string // "tcp" or "unix"
-	Address string
-}
 
 // InboundConfig holds what an [Inbound] needs. Listen, Source, Views and Sink
 // are required.
@@ -53,7 +50,7 @@ type InboundConfig struct {
 	Sink          flow.Sink
 	Idle          time.Duration // connections on which nothing moves are closed after this; 0: never
 	MaxConns      int           // 0: DefaultMaxConns
-	MaxHandshakes int           // 0: DefaultMaxHandshakes
+	MaxHandshakes int           // 0: DefaultMaxHandshakes; never more than half of MaxConns
 	Now           func() time.Time
 	Log           hclog.Logger
 }
@@ -62,12 +59,14 @@ type InboundConfig struct {
 // relays to the app's declared ports and nothing else.
 type Inbound struct {
 	cfg        InboundConfig
-	apps       map[string]App // :: declared port name → where the app listens
+	served     map[string]App // :: declared port name → where the app listens
 	ln         *capture.Listener
 	tls        *tls.Config
 	conns      conns
-	handshakes chan struct{}
+	handshakes gate
+	shares     shares
 	failures   failures
+	apps       appStates
 	draining   atomic.Bool
 }
 
@@ -80,6 +79,7 @@ func ListenInbound(cfg InboundConfig) (*Inbound, error) {
 	if cfg.MaxHandshakes <= 0 {
 		cfg.MaxHandshakes = DefaultMaxHandshakes
 	}
+	cfg.MaxHandshakes = max(1, min(cfg.MaxHandshakes, cfg.MaxConns/2)) // strangers leave room for peers
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
@@ -90,12 +90,13 @@ func ListenInbound(cfg InboundConfig) (*Inbound, error) {
 		return nil, err
 	}
 	in := &Inbound{
-		cfg: cfg, ln: ln, apps: make(map[string]App),
+		cfg: cfg, ln: ln, served: make(map[string]App),
 		tls:        identity.ServerTLS(identity.TLSConfig{Source: cfg.Source, Now: cfg.Now, NextProtos: []string{alpn}}),
-		handshakes: make(chan struct{}, cfg.MaxHandshakes),
+		handshakes: gate{max: cfg.MaxHandshakes},
+		shares:     shares{max: max(cfg.MaxConns/peerShare, minPeerConns)},
 	}
 	for _, a := range cfg.Apps {
-		in.apps[a.Port] = a
+		in.served[a.Port] = a
 	}
 	markVerification(in.tls)
 	cfg.Views.Watch(in.recheck)
@@ -111,17 +112,20 @@ func (in *Inbound) Live() int { return in.conns.len() }
 // Connections lists live connections, oldest first.
 func (in *Inbound) Connections() []Connection { return in.conns.describe() }
 
-// HandshakeFailures counts handshakes that gave no authenticated peer, by class.
+// HandshakeFailures counts connections that ended before a request, by class.
 func (in *Inbound) HandshakeFailures() map[string]uint64 { return in.failures.counts() }
 
 // Serves returns the declared ports of v that the app serves here, by number,
-// and the configured app ports that are not declared; both sorted.
-func (in *Inbound) Serves(v *View) (ports []uint16, undeclared []string) {
+// those for which no app is configured, and the configured app ports that are not
+// declared; all sorted.
+func (in *Inbound) Serves(v *View) (ports []uint16, unserved, undeclared []string) {
 	declared := make(map[string]bool)
 	for n, p := range v.ports {
 		declared[p.Name] = true
-		if _, ok := in.apps[p.Name]; ok {
+		if _, ok := in.served[p.Name]; ok {
 			ports = append(ports, n)
+		} else {
+			unserved = append(unserved, p.Name)
 		}
 	}
 	for _, a := range in.cfg.Apps {
@@ -130,9 +134,14 @@ func (in *Inbound) Serves(v *View) (ports []uint16, undeclared []string) {
 		}
 	}
 	slices.Sort(ports)
+	slices.Sort(unserved)
 	slices.Sort(undeclared)
-	return ports, undeclared
+	return ports, unserved, undeclared
 }
+
+// AppErrors returns, sorted, why the app could not be reached when each port was
+// last dialled; nothing of ports where that went well.
+func (in *Inbound) AppErrors() []string { return in.apps.errors() }
 
 // Serve accepts connections until Drain or the end of ctx and returns when all
 // have ended. The end of ctx ends live connections at once. Call it once.
@@ -152,10 +161,15 @@ func (in *Inbound) Drain(ctx context.Context) int {
 	return in.conns.endAll(errDrained)
 }
 
-// recheck decides every live connection again and cuts those that v denies.
-func (in *Inbound) recheck(v *View) {
+// recheck decides every live connection again and cuts those that v denies; with
+// new bundles also those whose peer is not verified by them.
+func (in *Inbound) recheck(v *View, changed xds.Kind) {
 	for _, c := range in.conns.all() {
-		if d := v.decide(c.Request); !d.allowed() {
+		d := v.decide(c.Request)
+		if changed == xds.Bundles && c.distrusted(in.cfg.Source) {
+			d = d.untrusted()
+		}
+		if !d.allowed() {
 			c.cancel(&cutError{d})
 		}
 	}
@@ -169,16 +183,26 @@ func (in *Inbound) serve(ctx context.Context, raw net.Conn) {
 		in.cfg.Log.Debug("handshake ended without a peer", "error", err)
 		return
 	}
-	session, err := tunnel.Server(ctx, conn, tunnel.Config{})
+	if !in.shares.take(peer.id) {
+		in.failures.add(errTooMany)
+		_ = conn.Close() // refused anyway
+		in.cfg.Log.Debug("connection refused", "peer", peer.id, "error", errTooMany)
+		return
+	}
+	defer in.shares.give(peer.id)
+	session, err := tunnel.Server(ctx, conn, tunnel.Config{HandshakeTimeout: requestLimit})
 	if err != nil {
 		in.failures.add(err)
-		in.cfg.Log.Debug("no tunnel session", "peer", peer.ID, "error", err)
+		in.cfg.Log.Debug("no tunnel session", "peer", peer.id, "error", err)
 		return
 	}
 	var streams sync.WaitGroup
 	for {
 		req, err := session.Accept(ctx)
 		if err != nil {
+			if errors.Is(err, os.ErrDeadlineExceeded) { // it never asked for anything
+				in.failures.add(err)
+			}
 			break
 		}
 		streams.Go(func() { in.stream(ctx, peer, req) })
@@ -187,48 +211,60 @@ func (in *Inbound) serve(ctx context.Context, raw net.Conn) {
 	_ = session.Close() // always nil; it waits for the connection's end
 }
 
+// peer is who is at the other end of a connection, and how we know.
+type peer struct {
+	id    spiffeid.ID
+	proof *proof
+}
+
 // handshake authenticates the client. It closes raw when it returns an error.
-func (in *Inbound) handshake(ctx context.Context, raw net.Conn) (net.Conn, identity.Peer, error) {
+func (in *Inbound) handshake(ctx context.Context, raw net.Conn) (net.Conn, peer, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeLimit)
 	defer cancel()
-	fail := func(err error) (net.Conn, identity.Peer, error) {
+	ctx, leave := in.handshakes.enter(ctx)
+	defer leave()
+	fail := func(err error) (net.Conn, peer, error) {
 		_ = raw.Close()
-		return nil, identity.Peer{}, fmt.Errorf("authenticating client: %w", err)
+		if errors.Is(context.Cause(ctx), errEvicted) {
+			err = errEvicted
+		}
+		return nil, peer{}, fmt.Errorf("authenticating client: %w", err)
 	}
-	select {
-	case in.handshakes <- struct{}{}:
-		defer func() { <-in.handshakes }()
-	case <-ctx.Done():
-		return fail(ctx.Err())
-	}
+	trust := in.cfg.Views.Load().trust
 	conn := tls.Server(raw, in.tls)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		return fail(err)
 	}
-	peer, err := identity.PeerOf(conn.ConnectionState())
+	state := conn.ConnectionState()
+	p, err := identity.PeerOf(state)
 	if err != nil {
 		return fail(err)
 	}
-	return conn, peer, nil
+	return conn, peer{p.ID, &proof{state.PeerCertificates, in.cfg.Now(), trust}}, nil
 }
 
 // admit registers a connection and then decides it, in this order: either the
 // decision sees a new view or the recheck of that view sees the connection, and
 // none slips through between the two. What recheck takes back ends the context
 // with a cutError.
-func (in *Inbound) admit(ctx context.Context, q policy.Request) (context.Context, *conn, verdict) {
+func (in *Inbound) admit(ctx context.Context, q policy.Request, p *proof) (context.Context, *conn, verdict) {
 	ctx, c := in.conns.add(ctx, flow.Inbound, q, in.cfg.Now())
-	return ctx, c, in.cfg.Views.Load().decide(q)
+	trusted := c.proved(p, in.cfg.Views, in.cfg.Source)
+	v := in.cfg.Views.Load().decide(q)
+	if !trusted {
+		v = v.untrusted()
+	}
+	return ctx, c, v
 }
 
 // stream decides one request, carries it, and records it.
-func (in *Inbound) stream(ctx context.Context, peer identity.Peer, req *tunnel.Incoming) {
+func (in *Inbound) stream(ctx context.Context, peer peer, req *tunnel.Incoming) {
 	self, err := in.cfg.Source.GetX509SVID()
 	if err != nil { // we had one a moment ago, for the handshake
 		_ = req.Refuse(http.StatusServiceUnavailable, newID(), "") // the peer may have gone
 		return
 	}
-	ctx, c, v := in.admit(ctx, policy.Request{Src: peer.ID, Dst: self.ID, Port: req.Target.Port})
+	ctx, c, v := in.admit(ctx, policy.Request{Src: peer.id, Dst: self.ID, Port: req.Target.Port}, peer.proof)
 	defer in.conns.remove(c)
 	f := flow.Flow{Request: c.Request, ID: c.id, Start: c.start, Side: flow.Inbound}
 	defer func() {
@@ -272,28 +308,6 @@ func refuse(req *tunnel.Incoming, f *flow.Flow, v verdict) {
 	f.Decision, f.PortName, f.Revision = v.Decision, v.portName, v.revision
 	f.Outcome, f.Error = flow.Refused, v.why
 	_ = req.Refuse(v.status, f.ID, v.toldReason()) // the peer may have gone; the record stays
-}
-
-// dial connects to the app.
-func (in *Inbound) dial(ctx context.Context, port string) (net.Conn, error) {
-	if in.draining.Load() {
-		return nil, errDrained
-	}
-	app, ok := in.apps[port]
-	if !ok {
-		return nil, fmt.Errorf("port %s is not served by this instance", port)
-	}
-	conn, err := dialer(appDialLimit).DialContext(ctx, app.Network, app.Address)
-	if err != nil {
-		return nil, fmt.Errorf("reaching the app: %w", err)
-	}
-	return conn, nil
-}
-
-func dialer(limit time.Duration) *net.Dialer {
-	d := &net.Dialer{Timeout: limit}
-	d.SetMultipathTCP(false) // kernel sandboxes see plain TCP only
-	return d
 }
 
 // namesUs reports whether a request is addressed to self: by mesh name, or by

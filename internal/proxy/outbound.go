@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -79,6 +80,7 @@ func ListenOutbound(cfg OutboundConfig) (*Outbound, error) {
 		}
 		o.doors = append(o.doors, ln)
 	}
+	cfg.Views.Watch(o.recheck)
 	return o, nil
 }
 
@@ -138,11 +140,54 @@ func (o *Outbound) Drain(ctx context.Context) int {
 	return o.conns.endAll(errDrained)
 }
 
+// recheck cuts live connections whose peer is not verified by new bundles.
+func (o *Outbound) recheck(_ *View, changed xds.Kind) {
+	if changed != xds.Bundles {
+		return
+	}
+	for _, c := range o.conns.all() {
+		if c.distrusted(o.cfg.Source) {
+			c.cancel(&cutError{verdict{}.untrusted()})
+		}
+	}
+}
+
+// Unresolved tells of each door that leads nowhere in the newest view, and what to
+// do; nothing before the first endpoints and the first SVID.
+func (o *Outbound) Unresolved() []string {
+	v := o.cfg.Views.Load()
+	if _, ok := v.revs[xds.Endpoints]; !ok {
+		return nil
+	}
+	if _, err := o.cfg.Source.GetX509SVID(); err != nil {
+		return nil
+	}
+	var out []string
+	for _, door := range o.cfg.Doors {
+		d, err := o.resolve(door.To)
+		if err == nil && !d.served() {
+			err = d.notServed()
+		}
+		if err != nil {
+			out = append(out, fmt.Sprintf("outbound %s → %s: %v", door.Listen, door.To, err))
+		}
+	}
+	return out
+}
+
 // destination is where a connection goes.
 type destination struct {
 	policy.Request
 	port    policy.Port // zero Name: the destination is not known (yet)
 	service xds.Service
+}
+
+func (d destination) served() bool {
+	return slices.ContainsFunc(d.service.Endpoints, func(e xds.Endpoint) bool { return slices.Contains(e.Ports, d.Port) })
+}
+
+func (d destination) notServed() error {
+	return fmt.Errorf("no running instance of %s serves port %s; start one whose app has the port", d.Dst, d.port.Name)
 }
 
 // resolve finds target in the newest view. On error the request says as much as
@@ -163,16 +208,18 @@ func (o *Outbound) resolve(target string) (destination, error) {
 	}
 	var ok bool
 	if d.service, ok = o.cfg.Views.Load().Service(d.Dst); !ok {
-		return d, fmt.Errorf("workload %s is not known here", d.Dst)
+		return d, fmt.Errorf("no workload %s; name it by its ID path or mesh name as in spec.id", d.Dst)
 	}
+	var names []string
 	number, numErr := strconv.ParseUint(port, 10, 16)
 	for _, p := range d.service.Ports {
 		if p.Name == port || numErr == nil && p.Number == uint16(number) {
 			d.Port, d.port = p.Number, p
 			return d, nil
 		}
+		names = append(names, p.Name)
 	}
-	return d, fmt.Errorf("workload %s declares no port %s", d.Dst, port)
+	return d, fmt.Errorf("workload %s declares no port %s; declared: %s", d.Dst, port, strings.Join(names, ", "))
 }
 
 // serve owns one connection of the app.
@@ -205,6 +252,9 @@ func (o *Outbound) serve(ctx context.Context, local net.Conn, front capture.Fron
 		f.ID = id
 		o.conns.rename(c, id)
 	}
+	if !c.proved(up.proof, o.cfg.Views, o.cfg.Source) {
+		c.cancel(&cutError{verdict{}.untrusted()}) // and the relay ends as it begins
+	}
 	if err := ask.Answer(nil); err != nil {
 		_, _ = up.stream.Close(), ask.Conn.Close() // both are given up
 		f.Outcome, f.Error = flow.Failed, flow.Text(err.Error())
@@ -220,7 +270,10 @@ func (o *Outbound) reject(ctx context.Context, ask capture.Ask, port policy.Port
 	r := rejection{Status: http.StatusServiceUnavailable, Error: "destination unreachable", Reason: flow.Text(err.Error())}
 	f.Outcome, f.Error = flow.Failed, r.Reason
 	var no *tunnel.Refused
-	if errors.As(err, &no) && no.Status < 500 {
+	if errors.As(err, &no) && flow.ValidID(no.DecisionID) {
+		f.ID = no.DecisionID
+	}
+	if no != nil && no.Status < 500 {
 		f.Outcome, f.Reason, f.Error = flow.Refused, flow.Text(no.Reason), ""
 		r.Reason = f.Reason
 		if no.Status == http.StatusForbidden {
@@ -228,9 +281,6 @@ func (o *Outbound) reject(ctx context.Context, ask capture.Ask, port policy.Port
 		} else {
 			r.Error = fmt.Sprintf("destination answered %d: port %d is not declared there", no.Status, f.Port)
 			f.Error = r.Error
-		}
-		if flow.ValidID(no.DecisionID) {
-			f.ID = no.DecisionID
 		}
 	} else if cause := context.Cause(ctx); cause != nil {
 		f.Outcome = flow.Drained

@@ -161,7 +161,7 @@ func TestRefusals(t *testing.T) {
 			if out.Effect != policy.Deny || out.Reason != c.told || !out.Rule.IsZero() || out.Outcome != c.outcome {
 				t.Errorf("caller's record: %+v", out)
 			}
-			if c.outcome == flow.Refused && in.ID != out.ID {
+			if in.ID != out.ID {
 				t.Errorf("decision ids differ: %s and %s", in.ID, out.ID)
 			}
 		})
@@ -268,9 +268,20 @@ func TestAppDown(t *testing.T) {
 	if f := only(t, s.flows); f.Outcome != flow.Failed || f.Effect != policy.Allow || !strings.Contains(f.Error, "connection refused") {
 		t.Errorf("record: %+v", f)
 	}
-	if f := only(t, c.flows); f.Outcome != flow.Failed || !strings.Contains(f.Error, "503") {
+	if f := only(t, c.flows); f.Outcome != flow.Failed || !strings.Contains(f.Error, "503") || f.ID != only(t, s.flows).ID {
 		t.Errorf("caller's record: %+v", f)
 	}
+	if got := s.AppErrors(); len(got) != 1 || !strings.HasPrefix(got[0], "port tcp: ") {
+		t.Errorf("app errors: %q", got)
+	}
+	ln, err = net.Listen("tcp", ln.Addr().String())
+	require.NoError(t, err)
+	defer ln.Close()
+	_ = c.dial(t)
+	app, err := ln.Accept()
+	require.NoError(t, err)
+	defer app.Close()
+	require.Eventually(t, func() bool { return len(s.AppErrors()) == 0 }, 5*time.Second, time.Millisecond)
 }
 
 func TestCutOnSwap(t *testing.T) {
@@ -301,6 +312,7 @@ func TestCutOnSwap(t *testing.T) {
 func TestAdmitRacesSwap(t *testing.T) {
 	s := newWorld(t).listen(payments)
 	q := policy.Request{Src: orders, Dst: payments, Port: tcpPort.Number}
+	p := &proof{trust: s.views.Load().trust}
 	allowed := 0
 	for round := range int64(3000) {
 		s.apply(2*round, allow(orders))
@@ -308,7 +320,7 @@ func TestAdmitRacesSwap(t *testing.T) {
 		var wg sync.WaitGroup
 		for i := range admitted {
 			wg.Go(func() {
-				ctx, c, v := s.admit(t.Context(), q)
+				ctx, c, v := s.admit(t.Context(), q, p)
 				if v.allowed() {
 					admitted[i] = ctx
 				} else {
@@ -564,7 +576,7 @@ func TestIdleConnectionEnds(t *testing.T) {
 func TestUnknownDestination(t *testing.T) {
 	w := newWorld(t)
 	for target, want := range map[string]string{
-		"stock:tcp":            "not known here",
+		"stock:tcp":            "no workload ",
 		"/shop/payments:smtp":  "declares no port smtp",
 		"/shop/payments:70000": "declares no port 70000",
 	} {

@@ -24,6 +24,7 @@ type upstream struct {
 	session *tunnel.Session
 	stream  *tunnel.Stream
 	addr    netip.AddrPort
+	proof   *proof
 }
 
 // open connects to an endpoint of d. One that cannot be reached, or says 503, is
@@ -54,7 +55,7 @@ func (o *Outbound) open(ctx context.Context, d destination) (*upstream, error) {
 	}
 	switch {
 	case last == nil:
-		return nil, fmt.Errorf("no running instance of %s serves port %s", d.Dst, d.port.Name)
+		return nil, d.notServed()
 	case len(tried) > 1:
 		return nil, fmt.Errorf("%d endpoints tried, last: %w", len(tried), last)
 	}
@@ -69,6 +70,7 @@ func (o *Outbound) attempt(ctx context.Context, d destination, addr netip.AddrPo
 	if err != nil {
 		return nil, err
 	}
+	trust := o.cfg.Views.Load().trust
 	conn := tls.Client(raw, identity.ClientTLS(
 		identity.TLSConfig{Source: o.cfg.Source, Now: o.cfg.Now, NextProtos: []string{alpn}},
 		identity.ExactPattern(d.Dst)))
@@ -76,6 +78,7 @@ func (o *Outbound) attempt(ctx context.Context, d destination, addr netip.AddrPo
 		_ = raw.Close()
 		return nil, fmt.Errorf("authenticating: %w", err)
 	}
+	proved := &proof{conn.ConnectionState().PeerCertificates, o.cfg.Now(), trust}
 	session, err := tunnel.Client(ctx, conn, tunnel.Config{})
 	if err != nil {
 		return nil, err
@@ -89,7 +92,7 @@ func (o *Outbound) attempt(ctx context.Context, d destination, addr netip.AddrPo
 		_ = session.Close() // always nil; it waits for the connection's end
 		return nil, err
 	}
-	return &upstream{session, stream, addr}, nil
+	return &upstream{session, stream, addr, proved}, nil
 }
 
 // close waits for the end of the connection below up's stream.

@@ -28,6 +28,7 @@ type View struct {
 	ports    map[uint16]policy.Port      // declared ports of the own workload
 	services map[spiffeid.ID]xds.Service // destinations
 	revs     map[xds.Kind]xds.Revision   // what has arrived
+	trust    uint64                      // grows with each update of the bundles
 }
 
 // verdict is a decision and what follows from it.
@@ -87,7 +88,7 @@ type Views struct {
 	current atomic.Pointer[View]
 
 	mu       sync.Mutex // orders Apply
-	watchers []func(*View)
+	watchers []func(v *View, changed xds.Kind)
 }
 
 // Load returns the newest view.
@@ -98,16 +99,17 @@ func (s *Views) Load() *View {
 	return &View{}
 }
 
-// Watch has fn called with each new view, by the caller of Apply, after the view
-// is in force and before Apply returns.
-func (s *Views) Watch(fn func(*View)) {
+// Watch has fn called with each new view and the kind that made it new, by the
+// caller of Apply, after the view is in force and before Apply returns.
+func (s *Views) Watch(fn func(v *View, changed xds.Kind)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.watchers = append(s.watchers, fn)
 }
 
-// Apply puts one kind of resource in force. When it returns, every connection
-// that new rules deny has been cut.
+// Apply puts one kind of resource in force; new bundles belong to the proxies'
+// Source before. When it returns, every connection that new rules deny, or whose
+// peer new bundles do not verify, has been cut.
 func (s *Views) Apply(u xds.Update) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -126,10 +128,12 @@ func (s *Views) Apply(u xds.Update) {
 		}
 	case xds.Endpoints:
 		next.services = u.Services
+	case xds.Bundles:
+		next.trust++
 	}
 	s.current.Store(&next)
 	for _, fn := range s.watchers {
-		fn(&next)
+		fn(&next, u.Kind)
 	}
 }
 

@@ -90,6 +90,7 @@ func (s *Sidecar) Run(ctx context.Context) error {
 // a while. Outbound goes on until inbound is done: an app that finishes its last
 // requests may still have to call others.
 func (s *Sidecar) drain(ctx context.Context) {
+	s.draining.Store(true)
 	s.health.Set(componentTunnel, admin.Degraded, "stopping: no new connections are accepted")
 	s.log.Info("stopping", "live_inbound", s.inbound.Live(), "live_outbound", s.outbound.Live(), "limit", s.cfg.Drain)
 	withdraw, cancel := context.WithTimeout(ctx, withdrawLimit)
@@ -106,8 +107,11 @@ func (s *Sidecar) drain(ctx context.Context) {
 
 // ready tells when traffic can be sent here: identity, every kind of view, and an
 // endpoint that the control plane has published. It stays ready while the control
-// plane is away.
+// plane is away, and ends with the beginning of a stop.
 func (s *Sidecar) ready() error {
+	if s.draining.Load() {
+		return errors.New("stopping: no new connections are accepted")
+	}
 	select {
 	case <-s.agent.Ready():
 	default:

@@ -14,6 +14,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -26,8 +27,13 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/xds"
 )
 
-// flowLogQueue is how many records may wait for the disk.
-const flowLogQueue = 16384
+const (
+	// flowLogQueue is how many records may wait for the disk.
+	flowLogQueue = 16384
+	// enrollWithin is how long a first start waits for the control plane. One
+	// that has enrolled before waits for ever.
+	enrollWithin = 30 * time.Second
+)
 
 // Options are a sidecar's surroundings.
 type Options struct {
@@ -53,6 +59,8 @@ type Sidecar struct {
 	sink    flow.Sink   // all of the above and the metrics
 
 	health      *admin.Health
+	warned      map[string]bool // lines that the last view gave; owned by viewChanged, which Views orders
+	draining    atomic.Bool
 	metrics     *prometheus.Registry
 	adminHTTP   net.Listener // nil: none
 	adminSocket net.Listener // nil: none
@@ -80,6 +88,7 @@ func (s *Sidecar) open(ctx context.Context, opts Options) error {
 	}
 	s.agent, err = agent.New(agent.Config{
 		ControlPlane: s.cfg.ControlPlane, Token: token, StateDir: s.cfg.StateDir, Now: s.now, Log: s.log,
+		EnrollWithin: enrollWithin,
 	})
 	if err != nil {
 		return err

@@ -17,7 +17,10 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"github.com/stretchr/testify/require"
 
+	"github.com/sallyport-mesh/sallyport/internal/admin"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/attest"
+	"github.com/sallyport-mesh/sallyport/internal/xds"
+	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
 
 // closedPort is an address where nobody listens.
@@ -180,5 +183,47 @@ func TestNewRefuses(t *testing.T) {
 				t.Error("the admin socket stayed")
 			}
 		})
+	}
+}
+
+// What proxy.yaml and the Workload say of the app's ports must fit, and the log
+// says so once.
+func TestAppPortsMustFit(t *testing.T) {
+	var logged strings.Builder
+	s, err := New(t.Context(), config(t, "app: {http: \"127.0.0.1:1\", old: \"127.0.0.1:2\"}"), Options{Log: hclog.New(&hclog.LoggerOptions{Output: &logged})})
+	require.NoError(t, err)
+	defer s.close()
+	view := func(ports ...policy.Port) {
+		s.views.Apply(xds.Update{Kind: xds.Rules, Rules: policy.NewRuleset(nil), Ports: ports})
+	}
+	app := func() admin.Component { return s.health.Report().Components["app"] }
+	http, grpc, old := policy.Port{Name: "http", Number: 80}, policy.Port{Name: "grpc", Number: 81}, policy.Port{Name: "old", Number: 82}
+	if c := app(); c.Status != admin.OK {
+		t.Errorf("before the first view: %+v", c)
+	}
+	view(http, grpc)
+	view(http, grpc)
+	want := []string{"declares port grpc, which proxy.yaml does not serve", "proxy.yaml serves port old, which the Workload does not declare"}
+	for _, line := range want {
+		if c := app(); c.Status != admin.Degraded || !strings.Contains(c.Message, line) {
+			t.Errorf("got %+v, want %q", c, line)
+		}
+		if n := strings.Count(logged.String(), line); n != 1 {
+			t.Errorf("%q logged %d times, want once:\n%s", line, n, logged.String())
+		}
+	}
+	view(http, old)
+	if c := app(); c.Status != admin.OK {
+		t.Errorf("all fits: %+v", c)
+	}
+}
+
+func TestNotReadyWhileStopping(t *testing.T) {
+	s, err := New(t.Context(), config(t, ""), Options{Log: hclog.NewNullLogger()})
+	require.NoError(t, err)
+	defer s.close()
+	s.drain(t.Context())
+	if err := s.ready(); err == nil || !strings.Contains(err.Error(), "stopping") {
+		t.Errorf("got %v", err)
 	}
 }

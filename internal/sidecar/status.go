@@ -14,6 +14,7 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/capture"
 	"github.com/sallyport-mesh/sallyport/internal/flow"
 	"github.com/sallyport-mesh/sallyport/internal/proxy"
+	"github.com/sallyport-mesh/sallyport/internal/xds"
 )
 
 // Components of a sidecar's health, listed in docs/sidecar.md.
@@ -24,6 +25,7 @@ const (
 	componentAnnounce  = "announce"
 	componentTunnel    = "tunnel"
 	componentApp       = "app"
+	componentOutbound  = "outbound"
 	componentIsolation = "local-isolation"
 )
 
@@ -31,6 +33,7 @@ func (s *Sidecar) openHealth() {
 	s.health = admin.NewHealth(s.now, componentIdentity, componentPolicy)
 	s.health.Set(componentTunnel, admin.OK, "")
 	s.health.Set(componentApp, admin.OK, "")
+	s.health.Set(componentOutbound, admin.OK, "")
 	s.health.Set(componentLink, admin.Degraded, "not connected yet")
 	s.health.Set(componentAnnounce, admin.Degraded, "not announced yet")
 	s.health.Set(componentIsolation, admin.OK, "")
@@ -55,6 +58,33 @@ func (s *Sidecar) refreshHealth() {
 	} else {
 		s.health.Set(componentPolicy, admin.OK, "")
 	}
+	all := s.troubles(s.views.Load())
+	if errs := s.inbound.AppErrors(); len(errs) > 0 {
+		all[componentApp] = append(all[componentApp], "the last call to the app went wrong; is it running? "+strings.Join(errs, ", "))
+	}
+	for component, why := range all {
+		if len(why) > 0 {
+			s.health.Set(component, admin.Degraded, strings.Join(why, "; "))
+		} else {
+			s.health.Set(component, admin.OK, "")
+		}
+	}
+}
+
+// troubles says, by component, what in the configuration does not fit v.
+func (s *Sidecar) troubles(v *proxy.View) map[string][]string {
+	out := map[string][]string{componentApp: nil, componentOutbound: s.outbound.Unresolved()}
+	if !v.HasRules() {
+		return out
+	}
+	_, unserved, undeclared := s.inbound.Serves(v)
+	if len(unserved) > 0 {
+		out[componentApp] = append(out[componentApp], fmt.Sprintf("the Workload declares port %s, which proxy.yaml does not serve; say in app where the app listens, or remove it from spec.ports", strings.Join(unserved, ", ")))
+	}
+	if len(undeclared) > 0 {
+		out[componentApp] = append(out[componentApp], fmt.Sprintf("proxy.yaml serves port %s, which the Workload does not declare; add it to spec.ports, or remove it from app", strings.Join(undeclared, ", ")))
+	}
+	return out
 }
 
 // isolationOff says why the outbound listeners protect nothing; "" when they do
@@ -72,27 +102,27 @@ func (s *Sidecar) sayIsolation() {
 	}
 }
 
-// viewChanged follows a new view: what to announce, and whether the app's ports
-// are declared.
-func (s *Sidecar) viewChanged(v *proxy.View) {
+// viewChanged follows a new view: what to announce, and what to warn of, once
+// for each change.
+func (s *Sidecar) viewChanged(v *proxy.View, _ xds.Kind) {
+	warned := make(map[string]bool)
+	for _, why := range s.troubles(v) {
+		for _, line := range why {
+			if warned[line] = true; !s.warned[line] {
+				s.log.Warn(line)
+			}
+		}
+	}
+	s.warned = warned
 	if !v.HasRules() {
 		return
 	}
-	ports, undeclared := s.inbound.Serves(v)
+	ports, _, _ := s.inbound.Serves(v)
 	req := &sallyportv1.AnnounceRequest{Address: s.cfg.Tunnel.Advertise, TunnelPort: tcpPort(s.TunnelAddr())}
 	for _, p := range ports {
 		req.Ports = append(req.Ports, uint32(p))
 	}
 	s.announce.set(req)
-	if len(undeclared) == 0 {
-		s.health.Set(componentApp, admin.OK, "")
-		return
-	}
-	why := fmt.Sprintf("proxy.yaml serves port %s, which the Workload does not declare; add it to spec.ports, or remove it from app", strings.Join(undeclared, ", "))
-	if s.health.Get(componentApp).Message != why {
-		s.log.Warn(why)
-	}
-	s.health.Set(componentApp, admin.Degraded, why)
 }
 
 func tcpPort(a net.Addr) uint32 {

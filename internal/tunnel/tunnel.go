@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"syscall"
 	"time"
 
@@ -92,7 +93,7 @@ var (
 	// ErrUsed says that the session had its stream already or takes no more.
 	ErrUsed = errors.New("session takes no more streams")
 
-	errSilent = errors.New("no complete request in time")
+	errSilent = fmt.Errorf("no complete request in time: %w", os.ErrDeadlineExceeded)
 )
 
 // Refused is the error of Open when the peer answered with a status other than
