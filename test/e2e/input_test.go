@@ -232,15 +232,15 @@ func sidecar(t *testing.T, m *realmesh.Mesh, name, token, extra string) *realmes
 	return m.SidecarWithToken(realmesh.SidecarConfig{Name: name, Extra: extra, NoWait: true}, token)
 }
 
-// clear1 wants the last line of the output to say all of want.
+// clear1 wants what the program says last, which is one line and for mistakes in
+// a file also the place and a hint, to say all of want.
 func clear1(t *testing.T, log string, want ...string) {
 	t.Helper()
 	clearLog(t, log)
-	lines := strings.Split(strings.TrimSpace(log), "\n")
-	last := lines[len(lines)-1]
+	last := log[max(0, strings.LastIndex("\n"+log, "\nsallyport-")):]
 	for _, w := range want {
 		if !strings.Contains(last, w) {
-			t.Errorf("last line %q does not say %q", last, w)
+			t.Errorf("the last words %q do not say %q", last, w)
 		}
 	}
 }
