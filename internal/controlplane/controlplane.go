@@ -209,7 +209,7 @@ func (c *ControlPlane) grpcServer() *grpc.Server {
 	s := grpc.NewServer(append(networkServerOptions(),
 		grpc.Creds(serverCredentials(identity.TLSConfig{Source: c.ca.ServerSVID(), Now: c.opts.Now})),
 		grpc.ChainUnaryInterceptor(c.auth.unary), grpc.ChainStreamInterceptor(c.auth.stream))...)
-	sallyportv1.RegisterEnrollmentServer(s, issuer.New(issuer.Config{CA: c.ca, Registry: c.registry, Audit: c.audit, Now: c.opts.Now, Log: c.log.Named("issuer")}))
+	sallyportv1.RegisterEnrollmentServer(s, issuer.New(issuer.Config{CA: c.ca, Registry: c.registry, Audit: c.audit, Now: c.opts.Now, Log: c.log}))
 	sallyportv1.RegisterAnnouncerServer(s, c.announcer)
 	discoveryv3.RegisterAggregatedDiscoveryServiceServer(s, c.xds)
 	accesslogv3.RegisterAccessLogServiceServer(s, c.flows)
