@@ -42,14 +42,16 @@ func sh(t *testing.T, args ...string) string {
 // nothing sent, loses its endpoint within 15 s.
 func TestVanishedSidecar(t *testing.T) {
 	needRoot(t)
-	const ns, hostIP, guestIP = "sp-vanish", "10.211.7.1", "10.211.7.2"
+	const hostIP, guestIP = "10.211.7.1", "10.211.7.2"
+	// What an aborted run has left behind must not be in the way.
+	ns, outer, inner := fmt.Sprintf("sp-%d", os.Getpid()), fmt.Sprintf("spo%d", os.Getpid()), fmt.Sprintf("spi%d", os.Getpid())
 	sh(t, "ip", "netns", "add", ns)
 	t.Cleanup(func() { sh(t, "ip", "netns", "delete", ns) })
-	sh(t, "ip", "link", "add", "spv0", "type", "veth", "peer", "name", "spv1", "netns", ns)
-	sh(t, "ip", "address", "add", hostIP+"/30", "dev", "spv0")
-	sh(t, "ip", "link", "set", "spv0", "up")
-	sh(t, "ip", "-n", ns, "address", "add", guestIP+"/30", "dev", "spv1")
-	sh(t, "ip", "-n", ns, "link", "set", "spv1", "up")
+	sh(t, "ip", "link", "add", outer, "type", "veth", "peer", "name", inner, "netns", ns)
+	sh(t, "ip", "address", "add", hostIP+"/30", "dev", outer)
+	sh(t, "ip", "link", "set", outer, "up")
+	sh(t, "ip", "-n", ns, "address", "add", guestIP+"/30", "dev", inner)
+	sh(t, "ip", "-n", ns, "link", "set", inner, "up")
 	sh(t, "ip", "-n", ns, "link", "set", "lo", "up")
 
 	m := realmesh.NewOn(t, hostIP, pairFiles())
@@ -58,7 +60,7 @@ func TestVanishedSidecar(t *testing.T) {
 		Name: "server", Tunnel: tunnel, Serve: map[string]string{"http": "127.0.0.1:8080", "echo": "127.0.0.1:7000"},
 	})
 	waitEndpoints(t, m, tunnel)
-	sh(t, "ip", "link", "set", "spv0", "down")
+	sh(t, "ip", "link", "set", outer, "down")
 	took := realmesh.EventuallyWithin(t, 15*time.Second, "the vanished sidecar's endpoint gone", func() error { return hasEndpoints(m) })
 	t.Logf("endpoint gone %v after the network was cut", took)
 }
