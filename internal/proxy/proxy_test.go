@@ -490,9 +490,9 @@ func TestNoIdentityYet(t *testing.T) {
 
 	c.cfg.Source.(*identity.Live).SetSVID(nil)
 	expectRefused(t, c)
-	if f := c.flows.Newest(1, nil)[0]; f.Error != identity.ErrNoIdentity.Error() {
-		t.Errorf("record: %+v", f)
-	}
+	// The caller learns of the refusal before the record is made.
+	require.Eventually(t, func() bool { return c.flows.Newest(1, nil)[0].Error == identity.ErrNoIdentity.Error() }, 5*time.Second, time.Millisecond,
+		"the record says that there is no identity")
 }
 
 func TestDrain(t *testing.T) {

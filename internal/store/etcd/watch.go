@@ -41,6 +41,11 @@ func (c *client) Watch(ctx context.Context, prefix string, rev int64, fn func(in
 		if final {
 			return err
 		}
+		select {
+		case <-c.done: // that is what interrupted it
+			return store.ErrClosed
+		default:
+		}
 		if rev > begun {
 			backoff = watchBackoff
 		}
