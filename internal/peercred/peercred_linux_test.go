@@ -35,11 +35,20 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
+// skip leaves a test out where the machine lacks something; CI lacks nothing.
+func skip(t *testing.T, format string, args ...any) {
+	t.Helper()
+	if os.Getenv("CI") != "" {
+		t.Fatalf(format, args...)
+	}
+	t.Skipf(format, args...)
+}
+
 func listen(t *testing.T, network, addr string) *net.TCPListener {
 	t.Helper()
 	l, err := net.Listen(network, addr)
 	if err != nil && network == "tcp6" {
-		t.Skipf("no IPv6 here: %v", err)
+		skip(t, "no IPv6 here: %v", err)
 	}
 	require.NoError(t, err)
 	t.Cleanup(func() { l.Close() })
@@ -122,7 +131,7 @@ func TestTCPMapped(t *testing.T) {
 	four := listen(t, "tcp4", "127.0.0.1:0")
 	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		t.Skipf("no IPv6 here: %v", err)
+		skip(t, "no IPv6 here: %v", err)
 	}
 	defer unix.Close(fd)
 	addr := &unix.SockaddrInet6{Port: four.Addr().(*net.TCPAddr).Port, Addr: netip.MustParseAddr("::ffff:127.0.0.1").As16()}
@@ -199,7 +208,7 @@ func TestTCPSuccessor(t *testing.T) {
 // be another user as well.
 func TestTCPOtherUser(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("needs root to start a process of another user")
+		skip(t, "needs root to start a process of another user")
 	}
 	const other = 4242
 	exe := copyOfSelf(t)
