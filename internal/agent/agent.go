@@ -9,7 +9,6 @@ package agent
 
 import (
 	"context"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"maps"
@@ -197,12 +196,12 @@ func (a *Agent) failed(err error) {
 // remembers it for the next start. It refuses bundles without the own trust
 // domain's, which would lock this sidecar out. A state folder that cannot be
 // written is logged: the bundles are in force all the same.
-func (a *Agent) SetBundles(bundles map[spiffeid.TrustDomain][]*x509.Certificate) error {
+func (a *Agent) SetBundles(bundles identity.Bundles) error {
 	td := a.ID().TrustDomain()
 	if td.IsZero() {
 		return identity.ErrNoIdentity
 	}
-	if len(bundles[td]) == 0 {
+	if b := bundles[td]; b == nil || len(b.X509Authorities()) == 0 {
 		return fmt.Errorf("bundles without trust domain %s, which is this sidecar's own", td)
 	}
 	if err := a.setBundles(bundles); err != nil {
@@ -211,7 +210,7 @@ func (a *Agent) SetBundles(bundles map[spiffeid.TrustDomain][]*x509.Certificate)
 	return nil
 }
 
-func (a *Agent) setBundles(bundles map[spiffeid.TrustDomain][]*x509.Certificate) error {
+func (a *Agent) setBundles(bundles identity.Bundles) error {
 	return a.update(func(s *state) {
 		if !sameBundles(s.bundles, bundles) {
 			s.bundles = maps.Clone(bundles)

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
@@ -573,10 +574,10 @@ func TestSetBundlesIsSaved(t *testing.T) {
 	own, err := a.Source().GetX509BundleForTrustDomain(td)
 	require.NoError(t, err)
 	roots := own.X509Authorities()
-	if err := a.SetBundles(map[spiffeid.TrustDomain][]*x509.Certificate{partner: roots}); err == nil {
+	if err := a.SetBundles(identity.Bundles{partner: spiffebundle.FromX509Authorities(partner, roots)}); err == nil {
 		t.Error("accepted bundles without the own trust domain")
 	}
-	require.NoError(t, a.SetBundles(map[spiffeid.TrustDomain][]*x509.Certificate{td: roots, partner: roots}))
+	require.NoError(t, a.SetBundles(identity.Bundles{td: spiffebundle.FromX509Authorities(td, roots), partner: spiffebundle.FromX509Authorities(partner, roots)}))
 	if _, err := a.Source().GetX509BundleForTrustDomain(partner); err != nil {
 		t.Error(err)
 	}
@@ -634,7 +635,7 @@ func TestC8AnotherWorkloadIsNoControlPlane(t *testing.T) {
 	forged := *svid
 	forged.Certificates = append(append([]*x509.Certificate{}, svid.Certificates...), root)
 	live.SetSVID(&forged)
-	live.SetBundles(map[spiffeid.TrustDomain][]*x509.Certificate{td: {root}})
+	live.SetBundles(identity.Bundles{td: spiffebundle.FromX509Authorities(td, []*x509.Certificate{root})})
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	var seen atomic.Int32
@@ -663,9 +664,14 @@ func FuzzDecodeState(f *testing.F) {
 	f.Add([]byte(`{"version":1}`))
 	f.Add([]byte(`{"version":1,"pending":{"token":"x","enrolment_key":"AA=="}}`))
 	f.Add([]byte(`{"version":1,"spiffe_id":"spiffe://a/b","instance":"x","bundles":{"a":["AA=="]}}`))
+	f.Add([]byte(`{"version":1,"spiffe_id":"spiffe://a/b","instance":"x","trust_bundles":{"a":{"keys":[]}}}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		s, err := decodeState(data)
-		if err == nil && s.enrolled() && (s.key == nil || len(s.bundles[s.ID.TrustDomain()]) == 0) {
+		if err != nil || !s.enrolled() {
+			return
+		}
+		own := s.bundles[s.ID.TrustDomain()]
+		if s.key == nil || own == nil || len(own.X509Authorities()) == 0 {
 			t.Error("accepted half an enrolment")
 		}
 	})

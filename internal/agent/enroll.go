@@ -12,6 +12,7 @@ import (
 	"maps"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -194,9 +195,14 @@ func (a *Agent) accept(msg *sallyportv1.SVID, key *ecdsa.PrivateKey, td spiffeid
 		}
 		bundles := maps.Clone(s.bundles)
 		if bundles == nil {
-			bundles = map[spiffeid.TrustDomain][]*x509.Certificate{}
+			bundles = identity.Bundles{}
 		}
-		bundles[td] = roots
+		own := spiffebundle.New(td)
+		if b := bundles[td]; b != nil { // JWT authorities come by push
+			own = b.Clone()
+		}
+		own.SetX509Authorities(roots)
+		bundles[td] = own
 		s.bundles = bundles
 		s.life = lifeOf(peer.Leaf, msg)
 		a.live.SetBundles(bundles)

@@ -8,11 +8,15 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
 const (
@@ -26,7 +30,7 @@ const (
 type state struct {
 	enrolment
 	pending pendingKey
-	bundles map[spiffeid.TrustDomain][]*x509.Certificate // nil before the first enrolment
+	bundles identity.Bundles // nil before the first enrolment
 
 	saved bool          // the file says this
 	life  time.Duration // of the present SVID; not saved
@@ -52,33 +56,22 @@ func (s state) equal(o state) bool {
 	return s.enrolment == o.enrolment && s.pending == o.pending && sameBundles(s.bundles, o.bundles)
 }
 
-func sameBundles(a, b map[spiffeid.TrustDomain][]*x509.Certificate) bool {
-	if len(a) != len(b) || (a == nil) != (b == nil) {
-		return false
-	}
-	for td, certs := range a {
-		other, ok := b[td]
-		if !ok || len(certs) != len(other) {
-			return false
-		}
-		for i := range certs {
-			if !certs[i].Equal(other[i]) {
-				return false
-			}
-		}
-	}
-	return true
+func sameBundles(a, b identity.Bundles) bool {
+	return (a == nil) == (b == nil) && maps.EqualFunc(a, b, (*spiffebundle.Bundle).Equal)
 }
 
 // stateJSON is the file. Keys are PKCS#8, certificates DER.
 type stateJSON struct {
-	Version  int                 `json:"version"`
-	ID       string              `json:"spiffe_id,omitempty"`
-	Instance string              `json:"instance,omitempty"`
-	Token    string              `json:"token,omitempty"`
-	Key      []byte              `json:"enrolment_key,omitempty"`
-	Bundles  map[string][][]byte `json:"bundles,omitempty"` // :: trust domain → roots
-	Pending  *pendingJSON        `json:"pending,omitempty"`
+	Version  int          `json:"version"`
+	ID       string       `json:"spiffe_id,omitempty"`
+	Instance string       `json:"instance,omitempty"`
+	Token    string       `json:"token,omitempty"`
+	Key      []byte       `json:"enrolment_key,omitempty"`
+	Pending  *pendingJSON `json:"pending,omitempty"`
+	// Bundles are SPIFFE bundles (SPIFFE Trust Domain and Bundle, 4).
+	Bundles map[string]json.RawMessage `json:"trust_bundles,omitempty"` // :: trust domain → bundle
+	// Roots is how an earlier version wrote them.
+	Roots map[string][][]byte `json:"bundles,omitempty"` // :: trust domain → roots
 }
 
 type pendingJSON struct {
@@ -158,20 +151,38 @@ func decodeState(data []byte) (state, error) {
 	if s.key, err = decodeKey(j.Key); err != nil {
 		return state{}, err
 	}
-	s.bundles = make(map[spiffeid.TrustDomain][]*x509.Certificate, len(j.Bundles))
-	for name, ders := range j.Bundles {
-		td, err := spiffeid.TrustDomainFromString(name)
-		if err != nil {
-			return state{}, err
-		}
-		if s.bundles[td], err = parseCerts(ders); err != nil {
-			return state{}, fmt.Errorf("bundle of %s: %w", td, err)
-		}
+	if s.bundles, err = decodeBundles(j); err != nil {
+		return state{}, err
 	}
-	if len(s.bundles[s.ID.TrustDomain()]) == 0 {
+	if b := s.bundles[s.ID.TrustDomain()]; b == nil || len(b.X509Authorities()) == 0 {
 		return state{}, fmt.Errorf("no bundle of %s", s.ID.TrustDomain())
 	}
 	return s, nil
+}
+
+func decodeBundles(j stateJSON) (identity.Bundles, error) {
+	out := make(identity.Bundles, len(j.Bundles)+len(j.Roots))
+	for name, ders := range j.Roots {
+		td, err := spiffeid.TrustDomainFromString(name)
+		if err != nil {
+			return nil, err
+		}
+		certs, err := parseCerts(ders)
+		if err != nil {
+			return nil, fmt.Errorf("bundle of %s: %w", td, err)
+		}
+		out[td] = spiffebundle.FromX509Authorities(td, certs)
+	}
+	for name, data := range j.Bundles {
+		td, err := spiffeid.TrustDomainFromString(name)
+		if err != nil {
+			return nil, err
+		}
+		if out[td], err = spiffebundle.Parse(td, data); err != nil {
+			return nil, fmt.Errorf("bundle of %s: %w", td, err)
+		}
+	}
+	return out, nil
 }
 
 func decodeKey(der []byte) (*ecdsa.PrivateKey, error) {
@@ -200,10 +211,10 @@ func (s state) encode() ([]byte, error) {
 		if j.Key, err = x509.MarshalPKCS8PrivateKey(s.key); err != nil {
 			return nil, err
 		}
-		j.Bundles = make(map[string][][]byte, len(s.bundles))
-		for td, certs := range s.bundles {
-			for _, c := range certs {
-				j.Bundles[td.Name()] = append(j.Bundles[td.Name()], c.Raw)
+		j.Bundles = make(map[string]json.RawMessage, len(s.bundles))
+		for td, b := range s.bundles {
+			if j.Bundles[td.Name()], err = b.Marshal(); err != nil {
+				return nil, err
 			}
 		}
 	}

@@ -8,10 +8,12 @@ import (
 	"sync/atomic"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/sallyport-mesh/sallyport/internal/catalog"
 	"github.com/sallyport-mesh/sallyport/internal/xds"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
 
@@ -108,7 +110,7 @@ func (r *reconciler) snapshot(in inputs) *xds.Snapshot {
 		Rev:      xds.Revision(in.catalog.Rev),
 		Rules:    in.catalog.Rules,
 		Services: services,
-		Bundles:  map[spiffeid.TrustDomain][]*x509.Certificate{r.trustDomain: in.roots},
+		Bundles:  identity.Bundles{r.trustDomain: spiffebundle.FromX509Authorities(r.trustDomain, in.roots)},
 	}
 }
 

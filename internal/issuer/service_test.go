@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/stretchr/testify/require"
@@ -105,7 +106,7 @@ func withPeer(ctx context.Context) context.Context {
 func (s *server) client(t *testing.T, svid *x509svid.SVID) sallyportv1.EnrollmentClient {
 	t.Helper()
 	var live identity.Live
-	live.SetBundles(map[spiffeid.TrustDomain][]*x509.Certificate{td: s.ca.Bundle()})
+	live.SetBundles(identity.Bundles{td: spiffebundle.FromX509Authorities(td, s.ca.Bundle())})
 	live.SetSVID(svid)
 	cfg := identity.TLSConfig{Source: &live, Now: s.now, OptionalClient: true}
 	want := identity.ExactPattern(spiffeid.RequireFromPath(td, identity.ControlPlanePath))
@@ -333,8 +334,8 @@ func TestEnrollRefuses(t *testing.T) {
 		{"CSR of P-521", func(t *testing.T, _ *server, a *attempt) { a.hello.Csr = newCSR(t, p521) }, codes.InvalidArgument, "use P-256"},
 		{"no enrolment key", func(_ *testing.T, _ *server, a *attempt) { a.hello.NewEnrollmentKey = nil }, codes.InvalidArgument, "enrolment key"},
 		{"field of a later version", func(_ *testing.T, _ *server, a *attempt) {
-			a.hello.ProtoReflect().SetUnknown([]byte{0x1a, 0x01, 'x'})
-		}, codes.InvalidArgument, "field 3 of Hello is not supported"},
+			a.hello.ProtoReflect().SetUnknown([]byte{0x7a, 0x01, 'x'})
+		}, codes.InvalidArgument, "field 15 of Hello is not supported"},
 		{"no proof", func(_ *testing.T, _ *server, a *attempt) { a.proof = func([]byte) []byte { return nil } }, codes.Unauthenticated, "proof"},
 		{"proof of another key", func(t *testing.T, _ *server, a *attempt) { a.enrolment = newKey(t) }, codes.Unauthenticated, "proof"},
 		{"proof of another CSR", func(t *testing.T, _ *server, a *attempt) {

@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/stretchr/testify/require"
 
 	"github.com/sallyport-mesh/sallyport/internal/flow"
@@ -94,7 +94,7 @@ func TestSilentPeerHasAShare(t *testing.T) {
 
 // trust replaces what a source trusts, as the sidecar does with new bundles.
 func trust(source identity.Source, views *Views, ca *authority) {
-	source.(*identity.Live).SetBundles(map[spiffeid.TrustDomain][]*x509.Certificate{td: {ca.cert}})
+	source.(*identity.Live).SetBundles(identity.Bundles{td: spiffebundle.FromX509Authorities(td, []*x509.Certificate{ca.cert})})
 	views.Apply(xds.Update{Kind: xds.Bundles})
 }
 

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/stretchr/testify/require"
 
@@ -472,7 +473,7 @@ func TestHandshakesThatFailAreCounted(t *testing.T) {
 		c := other.client(orders, "/shop/payments:tcp", s.endpoint("a"))
 		// It trusts the real CA, so that only the server can refuse.
 		live := c.cfg.Source.(*identity.Live)
-		live.SetBundles(map[spiffeid.TrustDomain][]*x509.Certificate{td: {w.ca.cert}})
+		live.SetBundles(identity.Bundles{td: spiffebundle.FromX509Authorities(td, []*x509.Certificate{w.ca.cert})})
 		expectRefused(t, c)
 	})
 	if len(s.flows.Newest(0, nil)) != 0 {

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/stretchr/testify/require"
@@ -95,7 +96,7 @@ func newWorld(t *testing.T) *world { return &world{t, newAuthority(t, td)} }
 
 func (w *world) source(id spiffeid.ID) *identity.Live {
 	live := &identity.Live{}
-	live.SetBundles(map[spiffeid.TrustDomain][]*x509.Certificate{td: {w.ca.cert}})
+	live.SetBundles(identity.Bundles{td: spiffebundle.FromX509Authorities(td, []*x509.Certificate{w.ca.cert})})
 	live.SetSVID(w.ca.svid(w.t, id))
 	return live
 }

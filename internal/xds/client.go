@@ -204,7 +204,7 @@ func (c *Client) state(kind Kind, rev Revision) (u Update, ready bool, err error
 	switch kind {
 	case Bundles:
 		u.Bundles = bundlesOf(c.held[SecretType].values)
-		if len(u.Bundles[c.cfg.Node.TrustDomain()]) == 0 {
+		if own := u.Bundles[c.cfg.Node.TrustDomain()]; own == nil || len(own.X509Authorities()) == 0 {
 			return u, false, fmt.Errorf("no trust bundle for %s", c.cfg.Node.TrustDomain())
 		}
 		return u, true, nil

@@ -26,7 +26,7 @@ func TestFullCycle(t *testing.T) {
 	h.SetSnapshot(m.snapshot()) // a node may be there before the first snapshot
 
 	got := s.view(t)
-	require.True(t, got[Bundles].Bundles[shop][0].Equal(m.roots[0]))
+	require.True(t, got[Bundles].Bundles[shop].X509Authorities()[0].Equal(m.roots[0]))
 	require.Equal(t, m.services[0], got[Endpoints].Services[id("/payments")])
 	require.Len(t, got[Endpoints].Services, 1)
 	require.Equal(t, m.services[1].Ports, got[Rules].Ports)
@@ -72,8 +72,8 @@ func TestEditSendsOnlyWhatChanged(t *testing.T) {
 
 	m.roots = append(m.roots, root(t, "two"))
 	h.SetSnapshot(m.snapshot())
-	require.Len(t, orders.next(t).Bundles[shop], 2)
-	require.Len(t, payments.next(t).Bundles[shop], 2)
+	require.Len(t, orders.next(t).Bundles[shop].X509Authorities(), 2)
+	require.Len(t, payments.next(t).Bundles[shop].X509Authorities(), 2)
 	h.waitAcked(t, m.rev)
 	orders.quiet(t)
 	payments.quiet(t)

@@ -72,7 +72,7 @@ func TestRemovedWorkloadGetsEmptyView(t *testing.T) {
 
 	m.roots = append(m.roots, root(t, "two")) // trust goes on
 	h.SetSnapshot(m.next())
-	byName.until(t, Bundles, func(u Update) bool { return len(u.Bundles[shop]) == 2 })
+	byName.until(t, Bundles, func(u Update) bool { return len(u.Bundles[shop].X509Authorities()) == 2 })
 
 	m.services = full
 	h.SetSnapshot(m.next())

@@ -2,6 +2,7 @@ package xds
 
 import (
 	"cmp"
+	"crypto"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
@@ -14,6 +15,7 @@ import (
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/structpb"
@@ -72,8 +74,8 @@ func parseView(in Resources) (View, error) {
 	return v, nil
 }
 
-// parseResource reads one resource: a Secret as []*x509.Certificate, a Cluster
-// as Service without endpoints, a ClusterLoadAssignment as []Endpoint, a
+// parseResource reads one resource: a Secret as []*x509.Certificate or JWT keys
+// by key id, a Cluster as Service without endpoints, a ClusterLoadAssignment as []Endpoint, a
 // Listener as []policy.Port, a TypedExtensionConfig as rbacRules.
 func parseResource(node spiffeid.ID, typeURL string, r *Resource) (any, error) {
 	m := newMessage(typeURL)
@@ -210,7 +212,30 @@ func parseEndpoints(cla *endpointv3.ClusterLoadAssignment) ([]Endpoint, error) {
 	return out, nil
 }
 
-func parseSecret(s *tlsv3.Secret) ([]*x509.Certificate, error) {
+// parseSecret reads trust domain's certificates, or its JWT keys by key id.
+func parseSecret(s *tlsv3.Secret) (any, error) {
+	if name, ok := strings.CutPrefix(s.GetName(), jwtPrefix); ok {
+		return parseJWTKeys(name, s.GetGenericSecret().GetSecret().GetInlineBytes())
+	}
+	return parseRoots(s)
+}
+
+func parseJWTKeys(name string, jwks []byte) (map[string]crypto.PublicKey, error) {
+	td, err := spiffeid.TrustDomainFromString(name)
+	if err != nil || td.IDString() != name {
+		return nil, errors.New("it is not named by a trust domain")
+	}
+	b, err := jwtbundle.Parse(td, jwks)
+	if err != nil {
+		return nil, err
+	}
+	if b.Empty() {
+		return nil, errors.New("it holds no key")
+	}
+	return b.JWTAuthorities(), nil
+}
+
+func parseRoots(s *tlsv3.Secret) ([]*x509.Certificate, error) {
 	td, err := spiffeid.TrustDomainFromString(s.GetName())
 	if err != nil || td.IDString() != s.GetName() {
 		return nil, errors.New("it is not named by a trust domain")

@@ -1,12 +1,12 @@
 package xds
 
 import (
-	"crypto/x509"
 	"fmt"
 	"slices"
 	"sync"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 
@@ -19,7 +19,8 @@ type prepared struct {
 	snap     *Snapshot
 	rev      string
 	services map[string]*serviceForm // :: SPIFFE ID → its wire form
-	secrets  map[string]*secretForm  // :: "spiffe://td" → its wire form
+	bundles  map[spiffeid.TrustDomain]*bundleForm
+	secrets  map[string]*Resource // :: name → wire form of a bundle, or of a part
 	slices   *sliceCache
 }
 
@@ -28,9 +29,9 @@ type serviceForm struct {
 	cluster, assign *Resource
 }
 
-type secretForm struct {
-	of       []*x509.Certificate // what was marshalled
-	resource *Resource
+type bundleForm struct {
+	of        *spiffebundle.Bundle // what was marshalled
+	resources []*Resource
 }
 
 func prepare(snap *Snapshot, old *prepared, log hclog.Logger) *prepared {
@@ -38,7 +39,8 @@ func prepare(snap *Snapshot, old *prepared, log hclog.Logger) *prepared {
 		snap:     snap,
 		rev:      snap.Rev.String(),
 		services: make(map[string]*serviceForm, len(snap.Services)),
-		secrets:  make(map[string]*secretForm, len(snap.Bundles)),
+		bundles:  make(map[spiffeid.TrustDomain]*bundleForm, len(snap.Bundles)),
+		secrets:  make(map[string]*Resource, 2*len(snap.Bundles)),
 		slices:   &sliceCache{rules: snap.Rules},
 	}
 	if old == nil {
@@ -57,14 +59,17 @@ func prepare(snap *Snapshot, old *prepared, log hclog.Logger) *prepared {
 			p.services[name] = form
 		}
 	}
-	for td, roots := range snap.Bundles {
-		name := td.IDString()
-		form, err := formOfBundle(td, roots, old.secrets[name])
+	for td, bundle := range snap.Bundles {
+		form, err := formOfBundle(td, bundle, old.bundles[td])
 		if err != nil {
 			log.Error("trust bundle kept in its last good form", "trust_domain", td, "error", err)
 		}
-		if form != nil {
-			p.secrets[name] = form
+		if form == nil {
+			continue
+		}
+		p.bundles[td] = form
+		for _, r := range form.resources {
+			p.secrets[r.Name] = r
 		}
 	}
 	return p
@@ -91,15 +96,15 @@ func sameEndpoint(a, b Endpoint) bool {
 	return a.Instance == b.Instance && a.Addr == b.Addr && slices.Equal(a.Ports, b.Ports)
 }
 
-func formOfBundle(td spiffeid.TrustDomain, roots []*x509.Certificate, last *secretForm) (*secretForm, error) {
-	if last != nil && slices.EqualFunc(last.of, roots, (*x509.Certificate).Equal) {
+func formOfBundle(td spiffeid.TrustDomain, bundle *spiffebundle.Bundle, last *bundleForm) (*bundleForm, error) {
+	if last != nil && last.of.Equal(bundle) {
 		return last, nil
 	}
-	r, err := secretResource(td, roots)
+	rs, err := bundleResources(td, bundle)
 	if err != nil {
 		return last, err
 	}
-	return &secretForm{of: roots, resource: r}, nil
+	return &bundleForm{of: bundle, resources: rs}, nil
 }
 
 // sliceCache holds what one set of rules means to each node, made when the first

@@ -2,7 +2,6 @@ package xds
 
 import (
 	"crypto/sha256"
-	"crypto/x509"
 	"encoding/hex"
 	"fmt"
 
@@ -16,6 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
 
@@ -64,10 +64,10 @@ func kindOf(typeURL string) Kind {
 type Update struct {
 	Kind     Kind
 	Rev      Revision
-	Bundles  map[spiffeid.TrustDomain][]*x509.Certificate // Bundles
-	Services map[spiffeid.ID]Service                      // Endpoints
-	Rules    *policy.Ruleset                              // Rules: what the node lets in
-	Ports    []policy.Port                                // Rules: the node's own declared ports
+	Bundles  identity.Bundles        // Bundles
+	Services map[spiffeid.ID]Service // Endpoints
+	Rules    *policy.Ruleset         // Rules: what the node lets in
+	Ports    []policy.Port           // Rules: the node's own declared ports
 }
 
 // Resource is one named, versioned resource as it travels. Its version is a

@@ -1,22 +1,38 @@
 package xds
 
 import (
+	"crypto"
 	"crypto/x509"
 	"fmt"
 	"slices"
+	"strings"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
 
 // The functions here put parsed resources, by name, together into the state of
 // a kind. The names have been checked.
 
-func bundlesOf(secrets map[string]any) map[spiffeid.TrustDomain][]*x509.Certificate {
-	out := make(map[spiffeid.TrustDomain][]*x509.Certificate, len(secrets))
-	for name, roots := range secrets {
-		out[spiffeid.RequireTrustDomainFromString(name)] = roots.([]*x509.Certificate)
+func bundlesOf(secrets map[string]any) identity.Bundles {
+	out := make(identity.Bundles, len(secrets))
+	of := func(name string) *spiffebundle.Bundle {
+		td := spiffeid.RequireTrustDomainFromString(name)
+		if out[td] == nil {
+			out[td] = spiffebundle.New(td)
+		}
+		return out[td]
+	}
+	for name, v := range secrets {
+		switch keys := v.(type) {
+		case []*x509.Certificate:
+			of(name).SetX509Authorities(keys)
+		case map[string]crypto.PublicKey:
+			of(strings.TrimPrefix(name, jwtPrefix)).SetJWTAuthorities(keys)
+		}
 	}
 	return out
 }

@@ -68,9 +68,7 @@ func (v nodeView) find(typeURL, name string) *Resource {
 			return s.assign
 		}
 	case SecretType:
-		if s := v.p.secrets[name]; s != nil {
-			return s.resource
-		}
+		return v.p.secrets[name]
 	default:
 		for _, r := range v.slice.resources[typeURL] {
 			if r.Name == name {

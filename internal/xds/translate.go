@@ -18,10 +18,13 @@ import (
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
+	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
 
@@ -40,10 +43,11 @@ func Translate(v View) (Resources, error) {
 		return err
 	}
 	for _, td := range sortedDomains(v.Bundles) {
-		r, err := secretResource(td, v.Bundles[td])
-		if err := add(SecretType, r, err); err != nil {
+		rs, err := bundleResources(td, v.Bundles[td])
+		if err != nil {
 			return Resources{}, err
 		}
+		out.Types[SecretType] = append(out.Types[SecretType], rs...)
 	}
 	for _, s := range v.Services {
 		c, err1 := clusterResource(s)
@@ -196,11 +200,51 @@ func lbEndpoint(e Endpoint) *endpointv3.LbEndpoint {
 	}
 }
 
-// secretResource carries certificates only; keys never travel.
-func secretResource(td spiffeid.TrustDomain, roots []*x509.Certificate) (*Resource, error) {
-	if td.IsZero() || len(roots) == 0 {
+// bundleResources gives a bundle as one Secret of certificates, named by the trust
+// domain, and one of JWT keys, as far as it has either. Private keys never travel.
+func bundleResources(td spiffeid.TrustDomain, bundle *spiffebundle.Bundle) ([]*Resource, error) {
+	if td.IsZero() || bundle == nil || bundle.Empty() {
 		return nil, fmt.Errorf("encoding trust bundle of %q: it is empty", td)
 	}
+	var out []*Resource
+	if roots := bundle.X509Authorities(); len(roots) > 0 {
+		r, err := secretResource(td, roots)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, r)
+	}
+	if jwt := bundle.JWTBundle(); !jwt.Empty() {
+		r, err := jwtResource(jwt)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, r)
+	}
+	return out, nil
+}
+
+// jwtPrefix stands before the trust domain in the names of Secrets that hold JWT
+// keys.
+const jwtPrefix = "jwt:"
+
+// jwtResource carries the keys as a JWKS (RFC 7517 section 5).
+func jwtResource(bundle *jwtbundle.Bundle) (*Resource, error) {
+	jwks, err := bundle.Marshal()
+	if err != nil {
+		return nil, fmt.Errorf("encoding JWT bundle of %s: %w", bundle.TrustDomain(), err)
+	}
+	name := jwtPrefix + bundle.TrustDomain().IDString()
+	return encode(SecretType, name, &tlsv3.Secret{
+		Name: name,
+		Type: &tlsv3.Secret_GenericSecret{GenericSecret: &tlsv3.GenericSecret{
+			Secret: &corev3.DataSource{Specifier: &corev3.DataSource_InlineBytes{InlineBytes: jwks}},
+		}},
+	})
+}
+
+// secretResource carries certificates.
+func secretResource(td spiffeid.TrustDomain, roots []*x509.Certificate) (*Resource, error) {
 	var b bytes.Buffer
 	for _, c := range roots {
 		if err := pem.Encode(&b, &pem.Block{Type: "CERTIFICATE", Bytes: c.Raw}); err != nil {
@@ -276,7 +320,7 @@ func checkEndpoint(e Endpoint) error {
 	return nil
 }
 
-func sortedDomains(m map[spiffeid.TrustDomain][]*x509.Certificate) []spiffeid.TrustDomain {
+func sortedDomains(m identity.Bundles) []spiffeid.TrustDomain {
 	return slices.SortedFunc(maps.Keys(m), func(a, b spiffeid.TrustDomain) int { return a.Compare(b) })
 }
 

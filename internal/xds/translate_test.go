@@ -1,6 +1,9 @@
 package xds
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/x509"
 	"fmt"
 	"net/netip"
@@ -15,6 +18,7 @@ import (
 	rbacv3 "github.com/envoyproxy/go-control-plane/envoy/config/rbac/v3"
 	rbacfilterv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/rbac/v3"
 	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/protobuf/proto"
@@ -164,8 +168,11 @@ func TestParseTranslateKeepsView(t *testing.T) {
 			}},
 			{ID: id("/b")},
 		},
-		Bundles: map[spiffeid.TrustDomain][]*x509.Certificate{shop: {root(t, "one"), root(t, "two")}, other: {root(t, "three")}},
+		Bundles: identity.Bundles{shop: spiffebundle.FromX509Authorities(shop, []*x509.Certificate{root(t, "one"), root(t, "two")}), other: spiffebundle.FromX509Authorities(other, []*x509.Certificate{root(t, "three")})},
 	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	require.NoError(t, err)
+	require.NoError(t, want.Bundles[shop].AddJWTAuthority("kid", key.Public()))
 	res, err := Translate(want)
 	require.NoError(t, err)
 	got, err := Parse(res)
@@ -191,7 +198,7 @@ func TestTranslateRefuses(t *testing.T) {
 		"port twice":      {Node: id("/a"), Ports: []policy.Port{{Name: "x", Number: 1, Protocol: "tcp"}, {Name: "y", Number: 1, Protocol: "tcp"}}},
 		"port 0":          {Node: id("/a"), Ports: []policy.Port{{Name: "x", Protocol: "tcp"}}},
 		"protocol":        {Node: id("/a"), Ports: []policy.Port{{Name: "x", Number: 1, Protocol: "sctp"}}},
-		"empty bundle":    {Node: id("/a"), Bundles: map[spiffeid.TrustDomain][]*x509.Certificate{shop: nil}},
+		"empty bundle":    {Node: id("/a"), Bundles: identity.Bundles{shop: spiffebundle.FromX509Authorities(shop, nil)}},
 		"no address":      {Node: id("/a"), Services: []Service{{ID: id("/b"), Endpoints: []Endpoint{{Instance: "i"}}}}},
 		"no instance":     {Node: id("/a"), Services: []Service{{ID: id("/b"), Endpoints: []Endpoint{{Addr: ok.Addr}}}}},
 		"nameless target": {Node: id("/a"), Services: []Service{{Endpoints: []Endpoint{ok}}}},
@@ -399,7 +406,7 @@ func FuzzParse(f *testing.F) {
 		Node: id("/a"), Ports: []policy.Port{{Name: "x", Number: 80, Protocol: policy.TCP}},
 		Rules:    policy.NewRuleset([]policy.Rule{allow(f, "p", "spiffe://shop.example/*/x/**", "spiffe://shop.example/a", 80)}),
 		Services: []Service{service("/b", "i")},
-		Bundles:  map[spiffeid.TrustDomain][]*x509.Certificate{shop: {root(f, "one")}},
+		Bundles:  identity.Bundles{shop: spiffebundle.FromX509Authorities(shop, []*x509.Certificate{root(f, "one")})},
 	})
 	require.NoError(f, err)
 	for i, typeURL := range wireTypes() {

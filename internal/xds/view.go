@@ -7,7 +7,6 @@
 package xds
 
 import (
-	"crypto/x509"
 	"fmt"
 	"net/netip"
 	"strconv"
@@ -15,6 +14,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
 
@@ -66,7 +66,7 @@ type View struct {
 	Rules    *policy.Ruleset // For(Node)
 	Ports    []policy.Port   // the node's own declared ports
 	Services []Service       // destinations the node asked for or may reach, ordered by ID
-	Bundles  map[spiffeid.TrustDomain][]*x509.Certificate
+	Bundles  identity.Bundles
 }
 
 // Snapshot is the state of the whole mesh at one revision. It is immutable: the
@@ -75,5 +75,5 @@ type Snapshot struct {
 	Rev      Revision
 	Rules    *policy.Ruleset
 	Services map[spiffeid.ID]Service // every workload, with or without endpoints
-	Bundles  map[spiffeid.TrustDomain][]*x509.Certificate
+	Bundles  identity.Bundles
 }

@@ -18,6 +18,7 @@ import (
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/hashicorp/go-hclog"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
@@ -90,7 +91,7 @@ type mesh struct {
 
 func (m mesh) snapshot() *Snapshot {
 	s := &Snapshot{Rev: m.rev, Services: map[spiffeid.ID]Service{}}
-	s.Bundles = map[spiffeid.TrustDomain][]*x509.Certificate{shop: m.roots}
+	s.Bundles = identity.Bundles{shop: spiffebundle.FromX509Authorities(shop, m.roots)}
 	for _, v := range m.services {
 		s.Services[v.ID] = v
 	}

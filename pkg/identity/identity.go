@@ -10,6 +10,7 @@ import (
 	"context"
 	"crypto/x509"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -22,10 +23,16 @@ type Source interface {
 	x509bundle.Source
 }
 
+// Bundles is what to trust, by trust domain: X.509 and JWT authorities. They are
+// never merged (SPIFFE Federation 4.2). A bundle must not change once it is in
+// the hands of several.
+type Bundles = map[spiffeid.TrustDomain]*spiffebundle.Bundle
+
 // Peer is the authenticated other end of a TLS connection.
 type Peer struct {
-	ID   spiffeid.ID
-	Leaf *x509.Certificate
+	ID    spiffeid.ID
+	Leaf  *x509.Certificate
+	Chain []*x509.Certificate // as presented, leaf first
 }
 
 type peerKey struct{}

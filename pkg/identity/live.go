@@ -1,12 +1,11 @@
 package identity
 
 import (
-	"crypto/x509"
 	"errors"
 	"fmt"
-	"slices"
 	"sync/atomic"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -26,10 +25,19 @@ type Live struct {
 type liveState struct {
 	generation uint64
 	svid       *x509svid.SVID
-	bundles    map[spiffeid.TrustDomain]*x509bundle.Bundle // nil before the first SetBundles
+	bundles    map[spiffeid.TrustDomain]trusted // nil before the first SetBundles
 }
 
-var _ Source = (*Live)(nil)
+// trusted is one bundle, taken apart once and not at each handshake.
+type trusted struct {
+	x509 *x509bundle.Bundle
+	jwt  *jwtbundle.Bundle
+}
+
+var (
+	_ Source           = (*Live)(nil)
+	_ jwtbundle.Source = (*Live)(nil)
+)
 
 // SetSVID replaces the SVID to present. The SVID must not be changed afterwards;
 // nil withdraws it.
@@ -38,12 +46,14 @@ func (l *Live) SetSVID(svid *x509svid.SVID) {
 }
 
 // SetBundles replaces the authorities to trust, of every trust domain at once. A
-// trust domain that is missing or has no authority is not trusted. The map and
-// its slices are copied; the certificates must not be changed afterwards.
-func (l *Live) SetBundles(authorities map[spiffeid.TrustDomain][]*x509.Certificate) {
-	bundles := make(map[spiffeid.TrustDomain]*x509bundle.Bundle, len(authorities))
-	for td, certs := range authorities {
-		bundles[td] = x509bundle.FromX509Authorities(td, slices.Clone(certs))
+// trust domain that is missing or has no authority is not trusted. The bundles
+// are copied; certificates and keys must not be changed afterwards.
+func (l *Live) SetBundles(all Bundles) {
+	bundles := make(map[spiffeid.TrustDomain]trusted, len(all))
+	for td, b := range all {
+		if b != nil && b.TrustDomain() == td { // a bundle under another's name is never believed
+			bundles[td] = trusted{b.X509Bundle(), b.JWTBundle()}
+		}
 	}
 	l.update(func(s *liveState) { s.bundles = bundles })
 }
@@ -85,13 +95,37 @@ func (l *Live) GetX509SVID() (*x509svid.SVID, error) {
 // [ErrNoIdentity] before the first SetBundles. The bundle belongs to the Live
 // and must not be changed.
 func (l *Live) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	b, err := l.trusted(td)
+	if err == nil && b.x509.Empty() {
+		err = fmt.Errorf("no X.509 authority for trust domain %q", td.Name())
+	}
+	if err != nil {
+		return nil, err
+	}
+	return b.x509, nil
+}
+
+// GetJWTBundleForTrustDomain returns the keys to check JWT-SVIDs of td with. Its
+// errors and the bundle's ownership are those of GetX509BundleForTrustDomain.
+func (l *Live) GetJWTBundleForTrustDomain(td spiffeid.TrustDomain) (*jwtbundle.Bundle, error) {
+	b, err := l.trusted(td)
+	if err == nil && b.jwt.Empty() {
+		err = fmt.Errorf("no JWT authority for trust domain %q", td.Name())
+	}
+	if err != nil {
+		return nil, err
+	}
+	return b.jwt, nil
+}
+
+func (l *Live) trusted(td spiffeid.TrustDomain) (trusted, error) {
 	s := l.state.Load()
 	if s == nil || s.bundles == nil {
-		return nil, ErrNoIdentity
+		return trusted{}, ErrNoIdentity
 	}
 	b, ok := s.bundles[td]
-	if !ok || b.Empty() {
-		return nil, fmt.Errorf("no bundle for trust domain %q", td.Name())
+	if !ok {
+		return trusted{}, fmt.Errorf("no bundle for trust domain %q", td.Name())
 	}
 	return b, nil
 }

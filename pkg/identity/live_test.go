@@ -6,7 +6,7 @@ import (
 	"sync"
 	"testing"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/stretchr/testify/require"
 )
 
@@ -32,9 +32,9 @@ func TestLive(t *testing.T) {
 		t.Errorf("generation %d, want 1", got)
 	}
 
-	authorities := map[spiffeid.TrustDomain][]*x509.Certificate{shop: {root.cert}, other: nil}
+	authorities := Bundles{shop: spiffebundle.FromX509Authorities(shop, []*x509.Certificate{root.cert}), other: spiffebundle.FromX509Authorities(other, nil)}
 	l.SetBundles(authorities)
-	authorities[shop][0] = nil // the caller's map is the caller's
+	authorities[shop].SetX509Authorities(nil) // the caller's bundle is the caller's
 	b, err := l.GetX509BundleForTrustDomain(shop)
 	require.NoError(t, err)
 	if got := b.X509Authorities(); len(got) != 1 || got[0] != root.cert {

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/stretchr/testify/require"
@@ -140,13 +141,13 @@ func rawSAN(t testing.TB, uris ...string) func(*x509.Certificate) {
 
 // live returns a source with an SVID of a for id that trusts the given
 // authorities.
-func live(svid *x509svid.SVID, trust map[spiffeid.TrustDomain][]*x509.Certificate) *Live {
+func live(svid *x509svid.SVID, trust Bundles) *Live {
 	l := new(Live)
 	l.SetSVID(svid)
 	l.SetBundles(trust)
 	return l
 }
 
-func trusting(a *authority) map[spiffeid.TrustDomain][]*x509.Certificate {
-	return map[spiffeid.TrustDomain][]*x509.Certificate{shop: {a.cert}}
+func trusting(a *authority) Bundles {
+	return Bundles{shop: spiffebundle.FromX509Authorities(shop, []*x509.Certificate{a.cert})}
 }

@@ -132,13 +132,13 @@ func PeerOf(s tls.ConnectionState) (Peer, error) {
 	if len(s.PeerCertificates) == 0 {
 		return Peer{}, ErrAnonymous
 	}
-	return peerFrom(s.PeerCertificates[0])
+	return peerFrom(s.PeerCertificates)
 }
 
-func peerFrom(leaf *x509.Certificate) (Peer, error) {
-	id, err := leafID(leaf)
+func peerFrom(chain []*x509.Certificate) (Peer, error) {
+	id, err := leafID(chain[0])
 	if err != nil {
 		return Peer{}, err
 	}
-	return Peer{ID: id, Leaf: leaf}, nil
+	return Peer{ID: id, Leaf: chain[0], Chain: chain}, nil
 }

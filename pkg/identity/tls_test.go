@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/stretchr/testify/require"
 )
@@ -236,7 +237,7 @@ func TestStolenCertificate(t *testing.T) {
 
 func TestHandshakeC7(t *testing.T) {
 	ours, theirs := newAuthority(t, shop), newAuthority(t, other)
-	trust := map[spiffeid.TrustDomain][]*x509.Certificate{shop: {ours.cert}, other: {theirs.cert}}
+	trust := Bundles{shop: spiffebundle.FromX509Authorities(shop, []*x509.Certificate{ours.cert}), other: spiffebundle.FromX509Authorities(other, []*x509.Certificate{theirs.cert})}
 	server := TLSConfig{Source: live(ours.svid(paymentsID, nil), trust), Now: clock}
 	forged := TLSConfig{Source: live(theirs.svid(ordersID, nil), trust), Now: clock}
 	s, c := connect(t, ServerTLS(server), ClientTLS(forged, ExactPattern(paymentsID)))
@@ -262,7 +263,7 @@ func TestHandshakeC8(t *testing.T) {
 	wantError(t, c.err, "server is spiffe://shop.example/payments, want spiffe://shop.example/orders")
 
 	svid := p.root.svid(ordersID, nil)
-	p.client.Source = live(svid, map[spiffeid.TrustDomain][]*x509.Certificate{})
+	p.client.Source = live(svid, Bundles{})
 	_, c = connect(t, ServerTLS(p.server), p.clientTLS())
 	wantError(t, c.err, "no bundle for trust domain")
 
@@ -325,7 +326,7 @@ func TestPeerOfUnfinished(t *testing.T) {
 	s.state.HandshakeComplete = false
 	peer, err := PeerOf(s.state)
 	wantError(t, err, "not complete")
-	if peer != (Peer{}) {
+	if !peer.ID.IsZero() || peer.Leaf != nil || peer.Chain != nil {
 		t.Errorf("got %v", peer)
 	}
 }

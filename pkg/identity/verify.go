@@ -47,7 +47,7 @@ func Verify(chain []*x509.Certificate, bundles x509bundle.Source, now time.Time)
 	if err := withinLimits(chain); err != nil {
 		return Peer{}, err
 	}
-	peer, err := peerFrom(chain[0])
+	peer, err := peerFrom(chain)
 	if err != nil {
 		return Peer{}, err
 	}

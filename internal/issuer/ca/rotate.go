@@ -6,9 +6,11 @@ import (
 	"io/fs"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/sallyport-mesh/sallyport/internal/store"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
 const (
@@ -185,7 +187,7 @@ func (c *CA) install(next *state, server *serverSVID) {
 		}
 	}
 	if server != c.server {
-		c.live.SetBundles(server.bundles)
+		c.live.SetBundles(identity.Bundles{c.td: spiffebundle.FromX509Authorities(c.td, server.roots)})
 		c.live.SetSVID(server.svid)
 		c.server = server
 	}

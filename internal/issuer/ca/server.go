@@ -19,7 +19,7 @@ import (
 type serverSVID struct {
 	svid    *x509svid.SVID
 	issuer  *x509.Certificate
-	bundles map[spiffeid.TrustDomain][]*x509.Certificate
+	roots   []*x509.Certificate
 	renewAt time.Time
 }
 
@@ -32,7 +32,7 @@ func (c *CA) ServerSVID() identity.Source { return &c.live }
 // advanceServer returns the present SVID while it fits the state and is young.
 func (c *CA) advanceServer(s *state, now time.Time) (*serverSVID, error) {
 	bundle := s.bundle()
-	if h := c.server; h != nil && now.Before(h.renewAt) && h.issuer.Equal(s.signer.cert) && sameCerts(h.bundles[c.td], bundle) {
+	if h := c.server; h != nil && now.Before(h.renewAt) && h.issuer.Equal(s.signer.cert) && sameCerts(h.roots, bundle) {
 		return h, nil
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -51,7 +51,7 @@ func (c *CA) advanceServer(s *state, now time.Time) (*serverSVID, error) {
 	return &serverSVID{
 		svid:    &x509svid.SVID{ID: id, Certificates: chain, PrivateKey: key},
 		issuer:  s.signer.cert,
-		bundles: map[spiffeid.TrustDomain][]*x509.Certificate{c.td: bundle},
+		roots:   bundle,
 		renewAt: now.Add(issued.Chain[0].NotAfter.Sub(now) / 24),
 	}, nil
 }
