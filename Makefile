@@ -9,6 +9,8 @@ GO_VERSION  := $(shell sed -n 's/^go //p' go.mod)
 VERSION     := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
+PROTOC_GEN_GO := google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12
+PROTOC_GRPC := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 FUZZTIME    ?= 10s
 
 # The race detector needs a C compiler.
@@ -18,7 +20,7 @@ RACE        := $(if $(CC_FOUND),-race)
 # name → package of every program
 PROGRAMS := sallyport-controlplane=./cmd/controlplane sallyport-proxy=./cmd/proxy sallyport=./cmd/sallyport shop=./examples/shop
 
-.PHONY: help build demo test smoke e2e lint vuln fuzz clean have-go
+.PHONY: help build demo test smoke e2e lint vuln fuzz proto clean have-go
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -61,6 +63,13 @@ fuzz: have-go ## run each fuzz target for FUZZTIME
 	  | while read -r pkg name; do \
 	      go test "$$pkg" -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME); \
 	    done
+
+proto: have-go ## regenerate api/ from its .proto files (needs protoc 3.21 or later)
+	@command -v protoc >/dev/null || { echo "protoc is not on PATH; Debian has it in protobuf-compiler" >&2; exit 1; }
+	@mkdir -p bin/protoc
+	@for m in $(PROTOC_GEN_GO) $(PROTOC_GRPC); do GOBIN=$$PWD/bin/protoc go install "$$m"; done
+	@cd api/sallyport/v1 && PATH="$$OLDPWD/bin/protoc:$$PATH" protoc -I. --go_out=. --go_opt=paths=source_relative \
+	  --go-grpc_out=. --go-grpc_opt=paths=source_relative *.proto
 
 clean: ## remove what was built and the demo's state
 	@lock=examples/shop/.sallyport/up.lock; \

@@ -1040,8 +1040,10 @@ func (x *StatusResponse) GetAuthorities() []*Authority {
 type Authority struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Subject       string                 `protobuf:"bytes,1,opt,name=subject,proto3" json:"subject,omitempty"`
-	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"` // next | active | retiring
+	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"` // next | active | retiring | tainted
 	NotAfter      *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	Kind          string                 `protobuf:"bytes,4,opt,name=kind,proto3" json:"kind,omitempty"`                      // root | intermediate | jwt
+	KeyHash       string                 `protobuf:"bytes,5,opt,name=key_hash,json=keyHash,proto3" json:"key_hash,omitempty"` // SHA-256 of the SubjectPublicKeyInfo, lower-case hex
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1095,6 +1097,20 @@ func (x *Authority) GetNotAfter() *timestamppb.Timestamp {
 		return x.NotAfter
 	}
 	return nil
+}
+
+func (x *Authority) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Authority) GetKeyHash() string {
+	if x != nil {
+		return x.KeyHash
+	}
+	return ""
 }
 
 type WorkloadStatus struct {
@@ -1627,11 +1643,950 @@ func (x *FlowsResponse) GetDropped() uint64 {
 	return 0
 }
 
+type IdentitiesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Workload      string                 `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"` // name, /path or ID; empty: all
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IdentitiesRequest) Reset() {
+	*x = IdentitiesRequest{}
+	mi := &file_admin_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IdentitiesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IdentitiesRequest) ProtoMessage() {}
+
+func (x *IdentitiesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IdentitiesRequest.ProtoReflect.Descriptor instead.
+func (*IdentitiesRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *IdentitiesRequest) GetWorkload() string {
+	if x != nil {
+		return x.Workload
+	}
+	return ""
+}
+
+type IdentitiesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Identities    []*Identity            `protobuf:"bytes,1,rep,name=identities,proto3" json:"identities,omitempty"`
+	Revocations   []*Revocation          `protobuf:"bytes,2,rep,name=revocations,proto3" json:"revocations,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IdentitiesResponse) Reset() {
+	*x = IdentitiesResponse{}
+	mi := &file_admin_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IdentitiesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IdentitiesResponse) ProtoMessage() {}
+
+func (x *IdentitiesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IdentitiesResponse.ProtoReflect.Descriptor instead.
+func (*IdentitiesResponse) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *IdentitiesResponse) GetIdentities() []*Identity {
+	if x != nil {
+		return x.Identities
+	}
+	return nil
+}
+
+func (x *IdentitiesResponse) GetRevocations() []*Revocation {
+	if x != nil {
+		return x.Revocations
+	}
+	return nil
+}
+
+// Identity is one instance of a workload.
+type Identity struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId      string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	Workload      string                 `protobuf:"bytes,2,opt,name=workload,proto3" json:"workload,omitempty"` // metadata.name; empty: no Workload has this ID
+	Instance      string                 `protobuf:"bytes,3,opt,name=instance,proto3" json:"instance,omitempty"`
+	Evidence      string                 `protobuf:"bytes,4,opt,name=evidence,proto3" json:"evidence,omitempty"` // kind
+	Subject       string                 `protobuf:"bytes,5,opt,name=subject,proto3" json:"subject,omitempty"`   // what the evidence said
+	Origin        string                 `protobuf:"bytes,6,opt,name=origin,proto3" json:"origin,omitempty"`     // address of the last enrolment or renewal
+	Agent         string                 `protobuf:"bytes,7,opt,name=agent,proto3" json:"agent,omitempty"`       // who vouched for it; empty: nobody had to
+	Enrolled      *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=enrolled,proto3" json:"enrolled,omitempty"`
+	Expires       *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=expires,proto3" json:"expires,omitempty"` // of its newest certificate
+	Serial        string                 `protobuf:"bytes,10,opt,name=serial,proto3" json:"serial,omitempty"`  // of that, lower-case hex
+	Connected     bool                   `protobuf:"varint,11,opt,name=connected,proto3" json:"connected,omitempty"`
+	Revoked       bool                   `protobuf:"varint,12,opt,name=revoked,proto3" json:"revoked,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Identity) Reset() {
+	*x = Identity{}
+	mi := &file_admin_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Identity) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Identity) ProtoMessage() {}
+
+func (x *Identity) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Identity.ProtoReflect.Descriptor instead.
+func (*Identity) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *Identity) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *Identity) GetWorkload() string {
+	if x != nil {
+		return x.Workload
+	}
+	return ""
+}
+
+func (x *Identity) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *Identity) GetEvidence() string {
+	if x != nil {
+		return x.Evidence
+	}
+	return ""
+}
+
+func (x *Identity) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *Identity) GetOrigin() string {
+	if x != nil {
+		return x.Origin
+	}
+	return ""
+}
+
+func (x *Identity) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *Identity) GetEnrolled() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Enrolled
+	}
+	return nil
+}
+
+func (x *Identity) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
+}
+
+func (x *Identity) GetSerial() string {
+	if x != nil {
+		return x.Serial
+	}
+	return ""
+}
+
+func (x *Identity) GetConnected() bool {
+	if x != nil {
+		return x.Connected
+	}
+	return false
+}
+
+func (x *Identity) GetRevoked() bool {
+	if x != nil {
+		return x.Revoked
+	}
+	return false
+}
+
+// Revocation is one entry of the list.
+type Revocation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Subject       string                 `protobuf:"bytes,1,opt,name=subject,proto3" json:"subject,omitempty"` // ID, instance, serial or authority
+	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`       // id | instance | serial | issuer
+	Since         *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`
+	Until         *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=until,proto3" json:"until,omitempty"`
+	Actor         string                 `protobuf:"bytes,5,opt,name=actor,proto3" json:"actor,omitempty"`
+	Reason        string                 `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
+	Blocked       bool                   `protobuf:"varint,7,opt,name=blocked,proto3" json:"blocked,omitempty"` // cannot enrol
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Revocation) Reset() {
+	*x = Revocation{}
+	mi := &file_admin_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Revocation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Revocation) ProtoMessage() {}
+
+func (x *Revocation) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
+func (*Revocation) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *Revocation) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *Revocation) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Revocation) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *Revocation) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+func (x *Revocation) GetActor() string {
+	if x != nil {
+		return x.Actor
+	}
+	return ""
+}
+
+func (x *Revocation) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Revocation) GetBlocked() bool {
+	if x != nil {
+		return x.Blocked
+	}
+	return false
+}
+
+type RevokeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Subject       string                 `protobuf:"bytes,1,opt,name=subject,proto3" json:"subject,omitempty"` // workload name, /path, ID, instance, or a certificate's serial in hex
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	Wait          *durationpb.Duration   `protobuf:"bytes,3,opt,name=wait,proto3" json:"wait,omitempty"` // as in ApplyRequest
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeRequest) Reset() {
+	*x = RevokeRequest{}
+	mi := &file_admin_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeRequest) ProtoMessage() {}
+
+func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
+func (*RevokeRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *RevokeRequest) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *RevokeRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *RevokeRequest) GetWait() *durationpb.Duration {
+	if x != nil {
+		return x.Wait
+	}
+	return nil
+}
+
+type RevokeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	List          string                 `protobuf:"bytes,1,opt,name=list,proto3" json:"list,omitempty"` // EPOCH.NUMBER of the list in force
+	Subjects      []string               `protobuf:"bytes,2,rep,name=subjects,proto3" json:"subjects,omitempty"`
+	Acked         uint32                 `protobuf:"varint,3,opt,name=acked,proto3" json:"acked,omitempty"`
+	Pending       []string               `protobuf:"bytes,4,rep,name=pending,proto3" json:"pending,omitempty"`
+	Nacks         []string               `protobuf:"bytes,5,rep,name=nacks,proto3" json:"nacks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeResponse) Reset() {
+	*x = RevokeResponse{}
+	mi := &file_admin_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeResponse) ProtoMessage() {}
+
+func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
+func (*RevokeResponse) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *RevokeResponse) GetList() string {
+	if x != nil {
+		return x.List
+	}
+	return ""
+}
+
+func (x *RevokeResponse) GetSubjects() []string {
+	if x != nil {
+		return x.Subjects
+	}
+	return nil
+}
+
+func (x *RevokeResponse) GetAcked() uint32 {
+	if x != nil {
+		return x.Acked
+	}
+	return 0
+}
+
+func (x *RevokeResponse) GetPending() []string {
+	if x != nil {
+		return x.Pending
+	}
+	return nil
+}
+
+func (x *RevokeResponse) GetNacks() []string {
+	if x != nil {
+		return x.Nacks
+	}
+	return nil
+}
+
+type BanRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"` // an agent's name, /path or ID, an instance, or an IP address
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	Wait          *durationpb.Duration   `protobuf:"bytes,3,opt,name=wait,proto3" json:"wait,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BanRequest) Reset() {
+	*x = BanRequest{}
+	mi := &file_admin_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BanRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BanRequest) ProtoMessage() {}
+
+func (x *BanRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BanRequest.ProtoReflect.Descriptor instead.
+func (*BanRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *BanRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *BanRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *BanRequest) GetWait() *durationpb.Duration {
+	if x != nil {
+		return x.Wait
+	}
+	return nil
+}
+
+type ExplainIdentityRequest struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Kind   string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"` // of the evidence
+	Issuer string                 `protobuf:"bytes,2,opt,name=issuer,proto3" json:"issuer,omitempty"`
+	Via    string                 `protobuf:"bytes,3,opt,name=via,proto3" json:"via,omitempty"` // kind unix: the agent, as a name, /path or ID
+	// Selectors, or a token or certificate chain (PEM) that has them.
+	Selectors     map[string]*Values `protobuf:"bytes,4,rep,name=selectors,proto3" json:"selectors,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Evidence      []byte             `protobuf:"bytes,5,opt,name=evidence,proto3" json:"evidence,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainIdentityRequest) Reset() {
+	*x = ExplainIdentityRequest{}
+	mi := &file_admin_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainIdentityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainIdentityRequest) ProtoMessage() {}
+
+func (x *ExplainIdentityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainIdentityRequest.ProtoReflect.Descriptor instead.
+func (*ExplainIdentityRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *ExplainIdentityRequest) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *ExplainIdentityRequest) GetIssuer() string {
+	if x != nil {
+		return x.Issuer
+	}
+	return ""
+}
+
+func (x *ExplainIdentityRequest) GetVia() string {
+	if x != nil {
+		return x.Via
+	}
+	return ""
+}
+
+func (x *ExplainIdentityRequest) GetSelectors() map[string]*Values {
+	if x != nil {
+		return x.Selectors
+	}
+	return nil
+}
+
+func (x *ExplainIdentityRequest) GetEvidence() []byte {
+	if x != nil {
+		return x.Evidence
+	}
+	return nil
+}
+
+type ExplainIdentityResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	Selectors     map[string]*Values     `protobuf:"bytes,2,rep,name=selectors,proto3" json:"selectors,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Matches       []*IdentityMatch       `protobuf:"bytes,3,rep,name=matches,proto3" json:"matches,omitempty"` // those that match first, then the nearest
+	Problem       string                 `protobuf:"bytes,4,opt,name=problem,proto3" json:"problem,omitempty"` // why the evidence itself is not accepted
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainIdentityResponse) Reset() {
+	*x = ExplainIdentityResponse{}
+	mi := &file_admin_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainIdentityResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainIdentityResponse) ProtoMessage() {}
+
+func (x *ExplainIdentityResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainIdentityResponse.ProtoReflect.Descriptor instead.
+func (*ExplainIdentityResponse) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *ExplainIdentityResponse) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *ExplainIdentityResponse) GetSelectors() map[string]*Values {
+	if x != nil {
+		return x.Selectors
+	}
+	return nil
+}
+
+func (x *ExplainIdentityResponse) GetMatches() []*IdentityMatch {
+	if x != nil {
+		return x.Matches
+	}
+	return nil
+}
+
+func (x *ExplainIdentityResponse) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+type IdentityMatch struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Workload      string                 `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"`
+	Set           string                 `protobuf:"bytes,2,opt,name=set,proto3" json:"set,omitempty"`
+	Location      string                 `protobuf:"bytes,3,opt,name=location,proto3" json:"location,omitempty"`                 // file:line
+	SpiffeId      string                 `protobuf:"bytes,4,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"` // of a match
+	Matches       bool                   `protobuf:"varint,5,opt,name=matches,proto3" json:"matches,omitempty"`
+	Missed        string                 `protobuf:"bytes,6,opt,name=missed,proto3" json:"missed,omitempty"` // the selector by which it missed, and what was found
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IdentityMatch) Reset() {
+	*x = IdentityMatch{}
+	mi := &file_admin_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IdentityMatch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IdentityMatch) ProtoMessage() {}
+
+func (x *IdentityMatch) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IdentityMatch.ProtoReflect.Descriptor instead.
+func (*IdentityMatch) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *IdentityMatch) GetWorkload() string {
+	if x != nil {
+		return x.Workload
+	}
+	return ""
+}
+
+func (x *IdentityMatch) GetSet() string {
+	if x != nil {
+		return x.Set
+	}
+	return ""
+}
+
+func (x *IdentityMatch) GetLocation() string {
+	if x != nil {
+		return x.Location
+	}
+	return ""
+}
+
+func (x *IdentityMatch) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *IdentityMatch) GetMatches() bool {
+	if x != nil {
+		return x.Matches
+	}
+	return false
+}
+
+func (x *IdentityMatch) GetMissed() string {
+	if x != nil {
+		return x.Missed
+	}
+	return ""
+}
+
+type TaintRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Authority     string                 `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"` // subject or key hash, as Status shows
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TaintRequest) Reset() {
+	*x = TaintRequest{}
+	mi := &file_admin_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TaintRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TaintRequest) ProtoMessage() {}
+
+func (x *TaintRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TaintRequest.ProtoReflect.Descriptor instead.
+func (*TaintRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *TaintRequest) GetAuthority() string {
+	if x != nil {
+		return x.Authority
+	}
+	return ""
+}
+
+type TaintResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Authority     string                 `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"`
+	ReplacedBy    string                 `protobuf:"bytes,2,opt,name=replaced_by,json=replacedBy,proto3" json:"replaced_by,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TaintResponse) Reset() {
+	*x = TaintResponse{}
+	mi := &file_admin_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TaintResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TaintResponse) ProtoMessage() {}
+
+func (x *TaintResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TaintResponse.ProtoReflect.Descriptor instead.
+func (*TaintResponse) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *TaintResponse) GetAuthority() string {
+	if x != nil {
+		return x.Authority
+	}
+	return ""
+}
+
+func (x *TaintResponse) GetReplacedBy() string {
+	if x != nil {
+		return x.ReplacedBy
+	}
+	return ""
+}
+
+type TrustBundleRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"` // empty: the own
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrustBundleRequest) Reset() {
+	*x = TrustBundleRequest{}
+	mi := &file_admin_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrustBundleRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrustBundleRequest) ProtoMessage() {}
+
+func (x *TrustBundleRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrustBundleRequest.ProtoReflect.Descriptor instead.
+func (*TrustBundleRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *TrustBundleRequest) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+type TrustBundleResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	Bundle        []byte                 `protobuf:"bytes,2,opt,name=bundle,proto3" json:"bundle,omitempty"` // SPIFFE bundle, JSON
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrustBundleResponse) Reset() {
+	*x = TrustBundleResponse{}
+	mi := &file_admin_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrustBundleResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrustBundleResponse) ProtoMessage() {}
+
+func (x *TrustBundleResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrustBundleResponse.ProtoReflect.Descriptor instead.
+func (*TrustBundleResponse) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *TrustBundleResponse) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *TrustBundleResponse) GetBundle() []byte {
+	if x != nil {
+		return x.Bundle
+	}
+	return nil
+}
+
 var File_admin_proto protoreflect.FileDescriptor
 
 const file_admin_proto_rawDesc = "" +
 	"\n" +
-	"\vadmin.proto\x12\fsallyport.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x87\x01\n" +
+	"\vadmin.proto\x12\fsallyport.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\fenroll.proto\"\x87\x01\n" +
 	"\x03Set\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x122\n" +
 	"\x05files\x18\x02 \x03(\v2\x1c.sallyport.v1.Set.FilesEntryR\x05files\x1a8\n" +
@@ -1701,11 +2656,13 @@ const file_admin_proto_rawDesc = "" +
 	"\bproblems\x18\x05 \x03(\tR\bproblems\x12:\n" +
 	"\tworkloads\x18\x06 \x03(\v2\x1c.sallyport.v1.WorkloadStatusR\tworkloads\x12#\n" +
 	"\rpolicy_source\x18\a \x01(\tR\fpolicySource\x129\n" +
-	"\vauthorities\x18\b \x03(\v2\x17.sallyport.v1.AuthorityR\vauthorities\"t\n" +
+	"\vauthorities\x18\b \x03(\v2\x17.sallyport.v1.AuthorityR\vauthorities\"\xa3\x01\n" +
 	"\tAuthority\x12\x18\n" +
 	"\asubject\x18\x01 \x01(\tR\asubject\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x127\n" +
-	"\tnot_after\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\"\xac\x01\n" +
+	"\tnot_after\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x12\x12\n" +
+	"\x04kind\x18\x04 \x01(\tR\x04kind\x12\x19\n" +
+	"\bkey_hash\x18\x05 \x01(\tR\akeyHash\"\xac\x01\n" +
 	"\x0eWorkloadStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03set\x18\x02 \x01(\tR\x03set\x12\x1b\n" +
@@ -1748,7 +2705,87 @@ const file_admin_proto_rawDesc = "" +
 	"\averdict\x18\x05 \x01(\tR\averdict\"=\n" +
 	"\rFlowsResponse\x12\x12\n" +
 	"\x04flow\x18\x01 \x01(\fR\x04flow\x12\x18\n" +
-	"\adropped\x18\x02 \x01(\x04R\adropped2\xcc\x05\n" +
+	"\adropped\x18\x02 \x01(\x04R\adropped\"/\n" +
+	"\x11IdentitiesRequest\x12\x1a\n" +
+	"\bworkload\x18\x01 \x01(\tR\bworkload\"\x88\x01\n" +
+	"\x12IdentitiesResponse\x126\n" +
+	"\n" +
+	"identities\x18\x01 \x03(\v2\x16.sallyport.v1.IdentityR\n" +
+	"identities\x12:\n" +
+	"\vrevocations\x18\x02 \x03(\v2\x18.sallyport.v1.RevocationR\vrevocations\"\x81\x03\n" +
+	"\bIdentity\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x1a\n" +
+	"\bworkload\x18\x02 \x01(\tR\bworkload\x12\x1a\n" +
+	"\binstance\x18\x03 \x01(\tR\binstance\x12\x1a\n" +
+	"\bevidence\x18\x04 \x01(\tR\bevidence\x12\x18\n" +
+	"\asubject\x18\x05 \x01(\tR\asubject\x12\x16\n" +
+	"\x06origin\x18\x06 \x01(\tR\x06origin\x12\x14\n" +
+	"\x05agent\x18\a \x01(\tR\x05agent\x126\n" +
+	"\benrolled\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\benrolled\x124\n" +
+	"\aexpires\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12\x16\n" +
+	"\x06serial\x18\n" +
+	" \x01(\tR\x06serial\x12\x1c\n" +
+	"\tconnected\x18\v \x01(\bR\tconnected\x12\x18\n" +
+	"\arevoked\x18\f \x01(\bR\arevoked\"\xe6\x01\n" +
+	"\n" +
+	"Revocation\x12\x18\n" +
+	"\asubject\x18\x01 \x01(\tR\asubject\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x120\n" +
+	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x120\n" +
+	"\x05until\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x14\n" +
+	"\x05actor\x18\x05 \x01(\tR\x05actor\x12\x16\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x18\n" +
+	"\ablocked\x18\a \x01(\bR\ablocked\"p\n" +
+	"\rRevokeRequest\x12\x18\n" +
+	"\asubject\x18\x01 \x01(\tR\asubject\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12-\n" +
+	"\x04wait\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x04wait\"\x86\x01\n" +
+	"\x0eRevokeResponse\x12\x12\n" +
+	"\x04list\x18\x01 \x01(\tR\x04list\x12\x1a\n" +
+	"\bsubjects\x18\x02 \x03(\tR\bsubjects\x12\x14\n" +
+	"\x05acked\x18\x03 \x01(\rR\x05acked\x12\x18\n" +
+	"\apending\x18\x04 \x03(\tR\apending\x12\x14\n" +
+	"\x05nacks\x18\x05 \x03(\tR\x05nacks\"g\n" +
+	"\n" +
+	"BanRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12-\n" +
+	"\x04wait\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x04wait\"\x99\x02\n" +
+	"\x16ExplainIdentityRequest\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x16\n" +
+	"\x06issuer\x18\x02 \x01(\tR\x06issuer\x12\x10\n" +
+	"\x03via\x18\x03 \x01(\tR\x03via\x12Q\n" +
+	"\tselectors\x18\x04 \x03(\v23.sallyport.v1.ExplainIdentityRequest.SelectorsEntryR\tselectors\x12\x1a\n" +
+	"\bevidence\x18\x05 \x01(\fR\bevidence\x1aR\n" +
+	"\x0eSelectorsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12*\n" +
+	"\x05value\x18\x02 \x01(\v2\x14.sallyport.v1.ValuesR\x05value:\x028\x01\"\xa6\x02\n" +
+	"\x17ExplainIdentityResponse\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12R\n" +
+	"\tselectors\x18\x02 \x03(\v24.sallyport.v1.ExplainIdentityResponse.SelectorsEntryR\tselectors\x125\n" +
+	"\amatches\x18\x03 \x03(\v2\x1b.sallyport.v1.IdentityMatchR\amatches\x12\x18\n" +
+	"\aproblem\x18\x04 \x01(\tR\aproblem\x1aR\n" +
+	"\x0eSelectorsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12*\n" +
+	"\x05value\x18\x02 \x01(\v2\x14.sallyport.v1.ValuesR\x05value:\x028\x01\"\xa8\x01\n" +
+	"\rIdentityMatch\x12\x1a\n" +
+	"\bworkload\x18\x01 \x01(\tR\bworkload\x12\x10\n" +
+	"\x03set\x18\x02 \x01(\tR\x03set\x12\x1a\n" +
+	"\blocation\x18\x03 \x01(\tR\blocation\x12\x1b\n" +
+	"\tspiffe_id\x18\x04 \x01(\tR\bspiffeId\x12\x18\n" +
+	"\amatches\x18\x05 \x01(\bR\amatches\x12\x16\n" +
+	"\x06missed\x18\x06 \x01(\tR\x06missed\",\n" +
+	"\fTaintRequest\x12\x1c\n" +
+	"\tauthority\x18\x01 \x01(\tR\tauthority\"N\n" +
+	"\rTaintResponse\x12\x1c\n" +
+	"\tauthority\x18\x01 \x01(\tR\tauthority\x12\x1f\n" +
+	"\vreplaced_by\x18\x02 \x01(\tR\n" +
+	"replacedBy\"7\n" +
+	"\x12TrustBundleRequest\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\"P\n" +
+	"\x13TrustBundleResponse\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x16\n" +
+	"\x06bundle\x18\x02 \x01(\fR\x06bundle2\xde\t\n" +
 	"\x05Admin\x12@\n" +
 	"\x05Apply\x12\x1a.sallyport.v1.ApplyRequest\x1a\x1b.sallyport.v1.ApplyResponse\x12H\n" +
 	"\tRemoveSet\x12\x1e.sallyport.v1.RemoveSetRequest\x1a\x1b.sallyport.v1.ApplyResponse\x12F\n" +
@@ -1759,7 +2796,15 @@ const file_admin_proto_rawDesc = "" +
 	"\vCreateToken\x12 .sallyport.v1.CreateTokenRequest\x1a!.sallyport.v1.CreateTokenResponse\x12C\n" +
 	"\x06Status\x12\x1b.sallyport.v1.StatusRequest\x1a\x1c.sallyport.v1.StatusResponse\x12F\n" +
 	"\aExplain\x12\x1c.sallyport.v1.ExplainRequest\x1a\x1d.sallyport.v1.ExplainResponse\x12B\n" +
-	"\x05Flows\x12\x1a.sallyport.v1.FlowsRequest\x1a\x1b.sallyport.v1.FlowsResponse0\x01BBZ@github.com/sallyport-mesh/sallyport/api/sallyport/v1;sallyportv1b\x06proto3"
+	"\x05Flows\x12\x1a.sallyport.v1.FlowsRequest\x1a\x1b.sallyport.v1.FlowsResponse0\x01\x12O\n" +
+	"\n" +
+	"Identities\x12\x1f.sallyport.v1.IdentitiesRequest\x1a .sallyport.v1.IdentitiesResponse\x12C\n" +
+	"\x06Revoke\x12\x1b.sallyport.v1.RevokeRequest\x1a\x1c.sallyport.v1.RevokeResponse\x12E\n" +
+	"\bUnrevoke\x12\x1b.sallyport.v1.RevokeRequest\x1a\x1c.sallyport.v1.RevokeResponse\x12=\n" +
+	"\x03Ban\x12\x18.sallyport.v1.BanRequest\x1a\x1c.sallyport.v1.RevokeResponse\x12^\n" +
+	"\x0fExplainIdentity\x12$.sallyport.v1.ExplainIdentityRequest\x1a%.sallyport.v1.ExplainIdentityResponse\x12@\n" +
+	"\x05Taint\x12\x1a.sallyport.v1.TaintRequest\x1a\x1b.sallyport.v1.TaintResponse\x12R\n" +
+	"\vTrustBundle\x12 .sallyport.v1.TrustBundleRequest\x1a!.sallyport.v1.TrustBundleResponseBBZ@github.com/sallyport-mesh/sallyport/api/sallyport/v1;sallyportv1b\x06proto3"
 
 var (
 	file_admin_proto_rawDescOnce sync.Once
@@ -1773,82 +2818,126 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
 var file_admin_proto_goTypes = []any{
-	(*Set)(nil),                   // 0: sallyport.v1.Set
-	(*ApplyRequest)(nil),          // 1: sallyport.v1.ApplyRequest
-	(*RemoveSetRequest)(nil),      // 2: sallyport.v1.RemoveSetRequest
-	(*RollbackRequest)(nil),       // 3: sallyport.v1.RollbackRequest
-	(*ApplyResponse)(nil),         // 4: sallyport.v1.ApplyResponse
-	(*HistoryRequest)(nil),        // 5: sallyport.v1.HistoryRequest
-	(*HistoryResponse)(nil),       // 6: sallyport.v1.HistoryResponse
-	(*Revision)(nil),              // 7: sallyport.v1.Revision
-	(*FilesRequest)(nil),          // 8: sallyport.v1.FilesRequest
-	(*FilesResponse)(nil),         // 9: sallyport.v1.FilesResponse
-	(*AuditRequest)(nil),          // 10: sallyport.v1.AuditRequest
-	(*AuditResponse)(nil),         // 11: sallyport.v1.AuditResponse
-	(*AuditRecord)(nil),           // 12: sallyport.v1.AuditRecord
-	(*CreateTokenRequest)(nil),    // 13: sallyport.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),   // 14: sallyport.v1.CreateTokenResponse
-	(*StatusRequest)(nil),         // 15: sallyport.v1.StatusRequest
-	(*StatusResponse)(nil),        // 16: sallyport.v1.StatusResponse
-	(*Authority)(nil),             // 17: sallyport.v1.Authority
-	(*WorkloadStatus)(nil),        // 18: sallyport.v1.WorkloadStatus
-	(*InstanceStatus)(nil),        // 19: sallyport.v1.InstanceStatus
-	(*ExplainRequest)(nil),        // 20: sallyport.v1.ExplainRequest
-	(*ExplainResponse)(nil),       // 21: sallyport.v1.ExplainResponse
-	(*Explanation)(nil),           // 22: sallyport.v1.Explanation
-	(*FlowsRequest)(nil),          // 23: sallyport.v1.FlowsRequest
-	(*FlowsResponse)(nil),         // 24: sallyport.v1.FlowsResponse
-	nil,                           // 25: sallyport.v1.Set.FilesEntry
-	(*durationpb.Duration)(nil),   // 26: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 27: google.protobuf.Timestamp
+	(*Set)(nil),                     // 0: sallyport.v1.Set
+	(*ApplyRequest)(nil),            // 1: sallyport.v1.ApplyRequest
+	(*RemoveSetRequest)(nil),        // 2: sallyport.v1.RemoveSetRequest
+	(*RollbackRequest)(nil),         // 3: sallyport.v1.RollbackRequest
+	(*ApplyResponse)(nil),           // 4: sallyport.v1.ApplyResponse
+	(*HistoryRequest)(nil),          // 5: sallyport.v1.HistoryRequest
+	(*HistoryResponse)(nil),         // 6: sallyport.v1.HistoryResponse
+	(*Revision)(nil),                // 7: sallyport.v1.Revision
+	(*FilesRequest)(nil),            // 8: sallyport.v1.FilesRequest
+	(*FilesResponse)(nil),           // 9: sallyport.v1.FilesResponse
+	(*AuditRequest)(nil),            // 10: sallyport.v1.AuditRequest
+	(*AuditResponse)(nil),           // 11: sallyport.v1.AuditResponse
+	(*AuditRecord)(nil),             // 12: sallyport.v1.AuditRecord
+	(*CreateTokenRequest)(nil),      // 13: sallyport.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),     // 14: sallyport.v1.CreateTokenResponse
+	(*StatusRequest)(nil),           // 15: sallyport.v1.StatusRequest
+	(*StatusResponse)(nil),          // 16: sallyport.v1.StatusResponse
+	(*Authority)(nil),               // 17: sallyport.v1.Authority
+	(*WorkloadStatus)(nil),          // 18: sallyport.v1.WorkloadStatus
+	(*InstanceStatus)(nil),          // 19: sallyport.v1.InstanceStatus
+	(*ExplainRequest)(nil),          // 20: sallyport.v1.ExplainRequest
+	(*ExplainResponse)(nil),         // 21: sallyport.v1.ExplainResponse
+	(*Explanation)(nil),             // 22: sallyport.v1.Explanation
+	(*FlowsRequest)(nil),            // 23: sallyport.v1.FlowsRequest
+	(*FlowsResponse)(nil),           // 24: sallyport.v1.FlowsResponse
+	(*IdentitiesRequest)(nil),       // 25: sallyport.v1.IdentitiesRequest
+	(*IdentitiesResponse)(nil),      // 26: sallyport.v1.IdentitiesResponse
+	(*Identity)(nil),                // 27: sallyport.v1.Identity
+	(*Revocation)(nil),              // 28: sallyport.v1.Revocation
+	(*RevokeRequest)(nil),           // 29: sallyport.v1.RevokeRequest
+	(*RevokeResponse)(nil),          // 30: sallyport.v1.RevokeResponse
+	(*BanRequest)(nil),              // 31: sallyport.v1.BanRequest
+	(*ExplainIdentityRequest)(nil),  // 32: sallyport.v1.ExplainIdentityRequest
+	(*ExplainIdentityResponse)(nil), // 33: sallyport.v1.ExplainIdentityResponse
+	(*IdentityMatch)(nil),           // 34: sallyport.v1.IdentityMatch
+	(*TaintRequest)(nil),            // 35: sallyport.v1.TaintRequest
+	(*TaintResponse)(nil),           // 36: sallyport.v1.TaintResponse
+	(*TrustBundleRequest)(nil),      // 37: sallyport.v1.TrustBundleRequest
+	(*TrustBundleResponse)(nil),     // 38: sallyport.v1.TrustBundleResponse
+	nil,                             // 39: sallyport.v1.Set.FilesEntry
+	nil,                             // 40: sallyport.v1.ExplainIdentityRequest.SelectorsEntry
+	nil,                             // 41: sallyport.v1.ExplainIdentityResponse.SelectorsEntry
+	(*durationpb.Duration)(nil),     // 42: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),   // 43: google.protobuf.Timestamp
+	(*Values)(nil),                  // 44: sallyport.v1.Values
 }
 var file_admin_proto_depIdxs = []int32{
-	25, // 0: sallyport.v1.Set.files:type_name -> sallyport.v1.Set.FilesEntry
+	39, // 0: sallyport.v1.Set.files:type_name -> sallyport.v1.Set.FilesEntry
 	0,  // 1: sallyport.v1.ApplyRequest.sets:type_name -> sallyport.v1.Set
-	26, // 2: sallyport.v1.ApplyRequest.wait:type_name -> google.protobuf.Duration
-	26, // 3: sallyport.v1.RemoveSetRequest.wait:type_name -> google.protobuf.Duration
-	26, // 4: sallyport.v1.RollbackRequest.wait:type_name -> google.protobuf.Duration
+	42, // 2: sallyport.v1.ApplyRequest.wait:type_name -> google.protobuf.Duration
+	42, // 3: sallyport.v1.RemoveSetRequest.wait:type_name -> google.protobuf.Duration
+	42, // 4: sallyport.v1.RollbackRequest.wait:type_name -> google.protobuf.Duration
 	7,  // 5: sallyport.v1.HistoryResponse.revisions:type_name -> sallyport.v1.Revision
-	27, // 6: sallyport.v1.Revision.time:type_name -> google.protobuf.Timestamp
+	43, // 6: sallyport.v1.Revision.time:type_name -> google.protobuf.Timestamp
 	0,  // 7: sallyport.v1.FilesResponse.sets:type_name -> sallyport.v1.Set
 	12, // 8: sallyport.v1.AuditResponse.records:type_name -> sallyport.v1.AuditRecord
-	27, // 9: sallyport.v1.AuditRecord.time:type_name -> google.protobuf.Timestamp
-	26, // 10: sallyport.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	27, // 11: sallyport.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	27, // 12: sallyport.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	43, // 9: sallyport.v1.AuditRecord.time:type_name -> google.protobuf.Timestamp
+	42, // 10: sallyport.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	43, // 11: sallyport.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	43, // 12: sallyport.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
 	18, // 13: sallyport.v1.StatusResponse.workloads:type_name -> sallyport.v1.WorkloadStatus
 	17, // 14: sallyport.v1.StatusResponse.authorities:type_name -> sallyport.v1.Authority
-	27, // 15: sallyport.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	43, // 15: sallyport.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
 	19, // 16: sallyport.v1.WorkloadStatus.instances:type_name -> sallyport.v1.InstanceStatus
-	27, // 17: sallyport.v1.InstanceStatus.svid_expires:type_name -> google.protobuf.Timestamp
+	43, // 17: sallyport.v1.InstanceStatus.svid_expires:type_name -> google.protobuf.Timestamp
 	22, // 18: sallyport.v1.ExplainResponse.explanations:type_name -> sallyport.v1.Explanation
-	1,  // 19: sallyport.v1.Admin.Apply:input_type -> sallyport.v1.ApplyRequest
-	2,  // 20: sallyport.v1.Admin.RemoveSet:input_type -> sallyport.v1.RemoveSetRequest
-	3,  // 21: sallyport.v1.Admin.Rollback:input_type -> sallyport.v1.RollbackRequest
-	5,  // 22: sallyport.v1.Admin.History:input_type -> sallyport.v1.HistoryRequest
-	8,  // 23: sallyport.v1.Admin.Files:input_type -> sallyport.v1.FilesRequest
-	10, // 24: sallyport.v1.Admin.Audit:input_type -> sallyport.v1.AuditRequest
-	13, // 25: sallyport.v1.Admin.CreateToken:input_type -> sallyport.v1.CreateTokenRequest
-	15, // 26: sallyport.v1.Admin.Status:input_type -> sallyport.v1.StatusRequest
-	20, // 27: sallyport.v1.Admin.Explain:input_type -> sallyport.v1.ExplainRequest
-	23, // 28: sallyport.v1.Admin.Flows:input_type -> sallyport.v1.FlowsRequest
-	4,  // 29: sallyport.v1.Admin.Apply:output_type -> sallyport.v1.ApplyResponse
-	4,  // 30: sallyport.v1.Admin.RemoveSet:output_type -> sallyport.v1.ApplyResponse
-	4,  // 31: sallyport.v1.Admin.Rollback:output_type -> sallyport.v1.ApplyResponse
-	6,  // 32: sallyport.v1.Admin.History:output_type -> sallyport.v1.HistoryResponse
-	9,  // 33: sallyport.v1.Admin.Files:output_type -> sallyport.v1.FilesResponse
-	11, // 34: sallyport.v1.Admin.Audit:output_type -> sallyport.v1.AuditResponse
-	14, // 35: sallyport.v1.Admin.CreateToken:output_type -> sallyport.v1.CreateTokenResponse
-	16, // 36: sallyport.v1.Admin.Status:output_type -> sallyport.v1.StatusResponse
-	21, // 37: sallyport.v1.Admin.Explain:output_type -> sallyport.v1.ExplainResponse
-	24, // 38: sallyport.v1.Admin.Flows:output_type -> sallyport.v1.FlowsResponse
-	29, // [29:39] is the sub-list for method output_type
-	19, // [19:29] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	27, // 19: sallyport.v1.IdentitiesResponse.identities:type_name -> sallyport.v1.Identity
+	28, // 20: sallyport.v1.IdentitiesResponse.revocations:type_name -> sallyport.v1.Revocation
+	43, // 21: sallyport.v1.Identity.enrolled:type_name -> google.protobuf.Timestamp
+	43, // 22: sallyport.v1.Identity.expires:type_name -> google.protobuf.Timestamp
+	43, // 23: sallyport.v1.Revocation.since:type_name -> google.protobuf.Timestamp
+	43, // 24: sallyport.v1.Revocation.until:type_name -> google.protobuf.Timestamp
+	42, // 25: sallyport.v1.RevokeRequest.wait:type_name -> google.protobuf.Duration
+	42, // 26: sallyport.v1.BanRequest.wait:type_name -> google.protobuf.Duration
+	40, // 27: sallyport.v1.ExplainIdentityRequest.selectors:type_name -> sallyport.v1.ExplainIdentityRequest.SelectorsEntry
+	41, // 28: sallyport.v1.ExplainIdentityResponse.selectors:type_name -> sallyport.v1.ExplainIdentityResponse.SelectorsEntry
+	34, // 29: sallyport.v1.ExplainIdentityResponse.matches:type_name -> sallyport.v1.IdentityMatch
+	44, // 30: sallyport.v1.ExplainIdentityRequest.SelectorsEntry.value:type_name -> sallyport.v1.Values
+	44, // 31: sallyport.v1.ExplainIdentityResponse.SelectorsEntry.value:type_name -> sallyport.v1.Values
+	1,  // 32: sallyport.v1.Admin.Apply:input_type -> sallyport.v1.ApplyRequest
+	2,  // 33: sallyport.v1.Admin.RemoveSet:input_type -> sallyport.v1.RemoveSetRequest
+	3,  // 34: sallyport.v1.Admin.Rollback:input_type -> sallyport.v1.RollbackRequest
+	5,  // 35: sallyport.v1.Admin.History:input_type -> sallyport.v1.HistoryRequest
+	8,  // 36: sallyport.v1.Admin.Files:input_type -> sallyport.v1.FilesRequest
+	10, // 37: sallyport.v1.Admin.Audit:input_type -> sallyport.v1.AuditRequest
+	13, // 38: sallyport.v1.Admin.CreateToken:input_type -> sallyport.v1.CreateTokenRequest
+	15, // 39: sallyport.v1.Admin.Status:input_type -> sallyport.v1.StatusRequest
+	20, // 40: sallyport.v1.Admin.Explain:input_type -> sallyport.v1.ExplainRequest
+	23, // 41: sallyport.v1.Admin.Flows:input_type -> sallyport.v1.FlowsRequest
+	25, // 42: sallyport.v1.Admin.Identities:input_type -> sallyport.v1.IdentitiesRequest
+	29, // 43: sallyport.v1.Admin.Revoke:input_type -> sallyport.v1.RevokeRequest
+	29, // 44: sallyport.v1.Admin.Unrevoke:input_type -> sallyport.v1.RevokeRequest
+	31, // 45: sallyport.v1.Admin.Ban:input_type -> sallyport.v1.BanRequest
+	32, // 46: sallyport.v1.Admin.ExplainIdentity:input_type -> sallyport.v1.ExplainIdentityRequest
+	35, // 47: sallyport.v1.Admin.Taint:input_type -> sallyport.v1.TaintRequest
+	37, // 48: sallyport.v1.Admin.TrustBundle:input_type -> sallyport.v1.TrustBundleRequest
+	4,  // 49: sallyport.v1.Admin.Apply:output_type -> sallyport.v1.ApplyResponse
+	4,  // 50: sallyport.v1.Admin.RemoveSet:output_type -> sallyport.v1.ApplyResponse
+	4,  // 51: sallyport.v1.Admin.Rollback:output_type -> sallyport.v1.ApplyResponse
+	6,  // 52: sallyport.v1.Admin.History:output_type -> sallyport.v1.HistoryResponse
+	9,  // 53: sallyport.v1.Admin.Files:output_type -> sallyport.v1.FilesResponse
+	11, // 54: sallyport.v1.Admin.Audit:output_type -> sallyport.v1.AuditResponse
+	14, // 55: sallyport.v1.Admin.CreateToken:output_type -> sallyport.v1.CreateTokenResponse
+	16, // 56: sallyport.v1.Admin.Status:output_type -> sallyport.v1.StatusResponse
+	21, // 57: sallyport.v1.Admin.Explain:output_type -> sallyport.v1.ExplainResponse
+	24, // 58: sallyport.v1.Admin.Flows:output_type -> sallyport.v1.FlowsResponse
+	26, // 59: sallyport.v1.Admin.Identities:output_type -> sallyport.v1.IdentitiesResponse
+	30, // 60: sallyport.v1.Admin.Revoke:output_type -> sallyport.v1.RevokeResponse
+	30, // 61: sallyport.v1.Admin.Unrevoke:output_type -> sallyport.v1.RevokeResponse
+	30, // 62: sallyport.v1.Admin.Ban:output_type -> sallyport.v1.RevokeResponse
+	33, // 63: sallyport.v1.Admin.ExplainIdentity:output_type -> sallyport.v1.ExplainIdentityResponse
+	36, // 64: sallyport.v1.Admin.Taint:output_type -> sallyport.v1.TaintResponse
+	38, // 65: sallyport.v1.Admin.TrustBundle:output_type -> sallyport.v1.TrustBundleResponse
+	49, // [49:66] is the sub-list for method output_type
+	32, // [32:49] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_admin_proto_init() }
@@ -1856,13 +2945,14 @@ func file_admin_proto_init() {
 	if File_admin_proto != nil {
 		return
 	}
+	file_enroll_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   26,
+			NumMessages:   42,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

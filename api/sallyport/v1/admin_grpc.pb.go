@@ -19,16 +19,23 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Admin_Apply_FullMethodName       = "/sallyport.v1.Admin/Apply"
-	Admin_RemoveSet_FullMethodName   = "/sallyport.v1.Admin/RemoveSet"
-	Admin_Rollback_FullMethodName    = "/sallyport.v1.Admin/Rollback"
-	Admin_History_FullMethodName     = "/sallyport.v1.Admin/History"
-	Admin_Files_FullMethodName       = "/sallyport.v1.Admin/Files"
-	Admin_Audit_FullMethodName       = "/sallyport.v1.Admin/Audit"
-	Admin_CreateToken_FullMethodName = "/sallyport.v1.Admin/CreateToken"
-	Admin_Status_FullMethodName      = "/sallyport.v1.Admin/Status"
-	Admin_Explain_FullMethodName     = "/sallyport.v1.Admin/Explain"
-	Admin_Flows_FullMethodName       = "/sallyport.v1.Admin/Flows"
+	Admin_Apply_FullMethodName           = "/sallyport.v1.Admin/Apply"
+	Admin_RemoveSet_FullMethodName       = "/sallyport.v1.Admin/RemoveSet"
+	Admin_Rollback_FullMethodName        = "/sallyport.v1.Admin/Rollback"
+	Admin_History_FullMethodName         = "/sallyport.v1.Admin/History"
+	Admin_Files_FullMethodName           = "/sallyport.v1.Admin/Files"
+	Admin_Audit_FullMethodName           = "/sallyport.v1.Admin/Audit"
+	Admin_CreateToken_FullMethodName     = "/sallyport.v1.Admin/CreateToken"
+	Admin_Status_FullMethodName          = "/sallyport.v1.Admin/Status"
+	Admin_Explain_FullMethodName         = "/sallyport.v1.Admin/Explain"
+	Admin_Flows_FullMethodName           = "/sallyport.v1.Admin/Flows"
+	Admin_Identities_FullMethodName      = "/sallyport.v1.Admin/Identities"
+	Admin_Revoke_FullMethodName          = "/sallyport.v1.Admin/Revoke"
+	Admin_Unrevoke_FullMethodName        = "/sallyport.v1.Admin/Unrevoke"
+	Admin_Ban_FullMethodName             = "/sallyport.v1.Admin/Ban"
+	Admin_ExplainIdentity_FullMethodName = "/sallyport.v1.Admin/ExplainIdentity"
+	Admin_Taint_FullMethodName           = "/sallyport.v1.Admin/Taint"
+	Admin_TrustBundle_FullMethodName     = "/sallyport.v1.Admin/TrustBundle"
 )
 
 // AdminClient is the client API for Admin service.
@@ -54,6 +61,25 @@ type AdminClient interface {
 	// Flows streams flow records: the newest that are still held, then, with
 	// follow, each one as it arrives.
 	Flows(ctx context.Context, in *FlowsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FlowsResponse], error)
+	// Identities lists instances: who lives where, until when, by which evidence,
+	// and what is revoked.
+	Identities(ctx context.Context, in *IdentitiesRequest, opts ...grpc.CallOption) (*IdentitiesResponse, error)
+	// Revoke refuses an identity, an instance or one certificate, at once and
+	// everywhere; Unrevoke admits it again, never its old SVIDs. NotFound when
+	// nothing has that name.
+	Revoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeResponse, error)
+	Unrevoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeResponse, error)
+	// Ban revokes every instance on a node: an agent's and all that it vouched for.
+	Ban(ctx context.Context, in *BanRequest, opts ...grpc.CallOption) (*RevokeResponse, error)
+	// ExplainIdentity says which workload evidence would prove, and by what the
+	// others miss it.
+	ExplainIdentity(ctx context.Context, in *ExplainIdentityRequest, opts ...grpc.CallOption) (*ExplainIdentityResponse, error)
+	// Taint stops believing in one signing key: everything that it signed is
+	// replaced and then refused.
+	Taint(ctx context.Context, in *TaintRequest, opts ...grpc.CallOption) (*TaintResponse, error)
+	// TrustBundle returns the SPIFFE bundle of the own trust domain, or of a
+	// federated one.
+	TrustBundle(ctx context.Context, in *TrustBundleRequest, opts ...grpc.CallOption) (*TrustBundleResponse, error)
 }
 
 type adminClient struct {
@@ -173,6 +199,76 @@ func (c *adminClient) Flows(ctx context.Context, in *FlowsRequest, opts ...grpc.
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_FlowsClient = grpc.ServerStreamingClient[FlowsResponse]
 
+func (c *adminClient) Identities(ctx context.Context, in *IdentitiesRequest, opts ...grpc.CallOption) (*IdentitiesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(IdentitiesResponse)
+	err := c.cc.Invoke(ctx, Admin_Identities_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) Revoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RevokeResponse)
+	err := c.cc.Invoke(ctx, Admin_Revoke_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) Unrevoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RevokeResponse)
+	err := c.cc.Invoke(ctx, Admin_Unrevoke_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) Ban(ctx context.Context, in *BanRequest, opts ...grpc.CallOption) (*RevokeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RevokeResponse)
+	err := c.cc.Invoke(ctx, Admin_Ban_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) ExplainIdentity(ctx context.Context, in *ExplainIdentityRequest, opts ...grpc.CallOption) (*ExplainIdentityResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ExplainIdentityResponse)
+	err := c.cc.Invoke(ctx, Admin_ExplainIdentity_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) Taint(ctx context.Context, in *TaintRequest, opts ...grpc.CallOption) (*TaintResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(TaintResponse)
+	err := c.cc.Invoke(ctx, Admin_Taint_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) TrustBundle(ctx context.Context, in *TrustBundleRequest, opts ...grpc.CallOption) (*TrustBundleResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(TrustBundleResponse)
+	err := c.cc.Invoke(ctx, Admin_TrustBundle_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -196,6 +292,25 @@ type AdminServer interface {
 	// Flows streams flow records: the newest that are still held, then, with
 	// follow, each one as it arrives.
 	Flows(*FlowsRequest, grpc.ServerStreamingServer[FlowsResponse]) error
+	// Identities lists instances: who lives where, until when, by which evidence,
+	// and what is revoked.
+	Identities(context.Context, *IdentitiesRequest) (*IdentitiesResponse, error)
+	// Revoke refuses an identity, an instance or one certificate, at once and
+	// everywhere; Unrevoke admits it again, never its old SVIDs. NotFound when
+	// nothing has that name.
+	Revoke(context.Context, *RevokeRequest) (*RevokeResponse, error)
+	Unrevoke(context.Context, *RevokeRequest) (*RevokeResponse, error)
+	// Ban revokes every instance on a node: an agent's and all that it vouched for.
+	Ban(context.Context, *BanRequest) (*RevokeResponse, error)
+	// ExplainIdentity says which workload evidence would prove, and by what the
+	// others miss it.
+	ExplainIdentity(context.Context, *ExplainIdentityRequest) (*ExplainIdentityResponse, error)
+	// Taint stops believing in one signing key: everything that it signed is
+	// replaced and then refused.
+	Taint(context.Context, *TaintRequest) (*TaintResponse, error)
+	// TrustBundle returns the SPIFFE bundle of the own trust domain, or of a
+	// federated one.
+	TrustBundle(context.Context, *TrustBundleRequest) (*TrustBundleResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -235,6 +350,27 @@ func (UnimplementedAdminServer) Explain(context.Context, *ExplainRequest) (*Expl
 }
 func (UnimplementedAdminServer) Flows(*FlowsRequest, grpc.ServerStreamingServer[FlowsResponse]) error {
 	return status.Error(codes.Unimplemented, "method Flows not implemented")
+}
+func (UnimplementedAdminServer) Identities(context.Context, *IdentitiesRequest) (*IdentitiesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Identities not implemented")
+}
+func (UnimplementedAdminServer) Revoke(context.Context, *RevokeRequest) (*RevokeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Revoke not implemented")
+}
+func (UnimplementedAdminServer) Unrevoke(context.Context, *RevokeRequest) (*RevokeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Unrevoke not implemented")
+}
+func (UnimplementedAdminServer) Ban(context.Context, *BanRequest) (*RevokeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Ban not implemented")
+}
+func (UnimplementedAdminServer) ExplainIdentity(context.Context, *ExplainIdentityRequest) (*ExplainIdentityResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ExplainIdentity not implemented")
+}
+func (UnimplementedAdminServer) Taint(context.Context, *TaintRequest) (*TaintResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Taint not implemented")
+}
+func (UnimplementedAdminServer) TrustBundle(context.Context, *TrustBundleRequest) (*TrustBundleResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method TrustBundle not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -430,6 +566,132 @@ func _Admin_Flows_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_FlowsServer = grpc.ServerStreamingServer[FlowsResponse]
 
+func _Admin_Identities_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(IdentitiesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).Identities(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_Identities_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).Identities(ctx, req.(*IdentitiesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_Revoke_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RevokeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).Revoke(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_Revoke_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).Revoke(ctx, req.(*RevokeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_Unrevoke_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RevokeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).Unrevoke(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_Unrevoke_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).Unrevoke(ctx, req.(*RevokeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_Ban_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(BanRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).Ban(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_Ban_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).Ban(ctx, req.(*BanRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_ExplainIdentity_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExplainIdentityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ExplainIdentity(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ExplainIdentity_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ExplainIdentity(ctx, req.(*ExplainIdentityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_Taint_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(TaintRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).Taint(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_Taint_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).Taint(ctx, req.(*TaintRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_TrustBundle_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(TrustBundleRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).TrustBundle(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_TrustBundle_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).TrustBundle(ctx, req.(*TrustBundleRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -472,6 +734,34 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Explain",
 			Handler:    _Admin_Explain_Handler,
+		},
+		{
+			MethodName: "Identities",
+			Handler:    _Admin_Identities_Handler,
+		},
+		{
+			MethodName: "Revoke",
+			Handler:    _Admin_Revoke_Handler,
+		},
+		{
+			MethodName: "Unrevoke",
+			Handler:    _Admin_Unrevoke_Handler,
+		},
+		{
+			MethodName: "Ban",
+			Handler:    _Admin_Ban_Handler,
+		},
+		{
+			MethodName: "ExplainIdentity",
+			Handler:    _Admin_ExplainIdentity_Handler,
+		},
+		{
+			MethodName: "Taint",
+			Handler:    _Admin_Taint_Handler,
+		},
+		{
+			MethodName: "TrustBundle",
+			Handler:    _Admin_TrustBundle_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

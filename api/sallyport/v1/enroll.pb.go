@@ -114,12 +114,15 @@ type Hello struct {
 	//
 	//	*Hello_JoinToken
 	//	*Hello_EnrollmentKey
+	//	*Hello_X509Pop
+	//	*Hello_Kubernetes
+	//	*Hello_Oidc
 	Evidence isHello_Evidence `protobuf_oneof:"evidence"`
 	// PKCS#10 CSR, DER, at most 8 KiB. Only its public key is used, and its
 	// signature proves possession (RFC 2986).
 	Csr []byte `protobuf:"bytes,8,opt,name=csr,proto3" json:"csr,omitempty"`
 	// Public key (PKIX, DER, at most 1 KiB) that may later re-enrol this very
-	// instance. Required with a join token, ignored otherwise.
+	// instance. Required with everything but an enrolment key, which ignores it.
 	NewEnrollmentKey []byte `protobuf:"bytes,9,opt,name=new_enrollment_key,json=newEnrollmentKey,proto3" json:"new_enrollment_key,omitempty"`
 	// The client's clock, so that skew can be named as such.
 	ClientTime    *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=client_time,json=clientTime,proto3" json:"client_time,omitempty"`
@@ -182,6 +185,33 @@ func (x *Hello) GetEnrollmentKey() *EnrollmentKey {
 	return nil
 }
 
+func (x *Hello) GetX509Pop() *X509Pop {
+	if x != nil {
+		if x, ok := x.Evidence.(*Hello_X509Pop); ok {
+			return x.X509Pop
+		}
+	}
+	return nil
+}
+
+func (x *Hello) GetKubernetes() *BearerToken {
+	if x != nil {
+		if x, ok := x.Evidence.(*Hello_Kubernetes); ok {
+			return x.Kubernetes
+		}
+	}
+	return nil
+}
+
+func (x *Hello) GetOidc() *BearerToken {
+	if x != nil {
+		if x, ok := x.Evidence.(*Hello_Oidc); ok {
+			return x.Oidc
+		}
+	}
+	return nil
+}
+
 func (x *Hello) GetCsr() []byte {
 	if x != nil {
 		return x.Csr
@@ -215,9 +245,27 @@ type Hello_EnrollmentKey struct {
 	EnrollmentKey *EnrollmentKey `protobuf:"bytes,2,opt,name=enrollment_key,json=enrollmentKey,proto3,oneof"`
 }
 
+type Hello_X509Pop struct {
+	X509Pop *X509Pop `protobuf:"bytes,3,opt,name=x509pop,proto3,oneof"`
+}
+
+type Hello_Kubernetes struct {
+	Kubernetes *BearerToken `protobuf:"bytes,4,opt,name=kubernetes,proto3,oneof"`
+}
+
+type Hello_Oidc struct {
+	Oidc *BearerToken `protobuf:"bytes,5,opt,name=oidc,proto3,oneof"`
+}
+
 func (*Hello_JoinToken) isHello_Evidence() {}
 
 func (*Hello_EnrollmentKey) isHello_Evidence() {}
+
+func (*Hello_X509Pop) isHello_Evidence() {}
+
+func (*Hello_Kubernetes) isHello_Evidence() {}
+
+func (*Hello_Oidc) isHello_Evidence() {}
 
 // JoinToken is single-use evidence made by an operator. Only the enrolment key
 // that it registered may repeat it, and becomes the same instance.
@@ -319,6 +367,114 @@ func (x *EnrollmentKey) GetInstance() string {
 	return ""
 }
 
+// X509Pop is a certificate of another PKI. The Proof's evidence_signature
+// shows that the sender holds its key.
+type X509Pop struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Chain         [][]byte               `protobuf:"bytes,1,rep,name=chain,proto3" json:"chain,omitempty"` // DER, leaf first, without root; at most 8
+	Ca            string                 `protobuf:"bytes,2,opt,name=ca,proto3" json:"ca,omitempty"`       // name of the configured CA; empty: the only one
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *X509Pop) Reset() {
+	*x = X509Pop{}
+	mi := &file_enroll_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *X509Pop) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*X509Pop) ProtoMessage() {}
+
+func (x *X509Pop) ProtoReflect() protoreflect.Message {
+	mi := &file_enroll_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use X509Pop.ProtoReflect.Descriptor instead.
+func (*X509Pop) Descriptor() ([]byte, []int) {
+	return file_enroll_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *X509Pop) GetChain() [][]byte {
+	if x != nil {
+		return x.Chain
+	}
+	return nil
+}
+
+func (x *X509Pop) GetCa() string {
+	if x != nil {
+		return x.Ca
+	}
+	return ""
+}
+
+// BearerToken is a signed token (JWT, compact form) that a platform gave to the
+// workload. Only the enrolment key that it registered may repeat it.
+type BearerToken struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`   // at most 12 KiB
+	Issuer        string                 `protobuf:"bytes,2,opt,name=issuer,proto3" json:"issuer,omitempty"` // name of the configured issuer or cluster; empty: the only one
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BearerToken) Reset() {
+	*x = BearerToken{}
+	mi := &file_enroll_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BearerToken) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BearerToken) ProtoMessage() {}
+
+func (x *BearerToken) ProtoReflect() protoreflect.Message {
+	mi := &file_enroll_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BearerToken.ProtoReflect.Descriptor instead.
+func (*BearerToken) Descriptor() ([]byte, []int) {
+	return file_enroll_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *BearerToken) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *BearerToken) GetIssuer() string {
+	if x != nil {
+		return x.Issuer
+	}
+	return ""
+}
+
 type EnrollResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Message:
@@ -332,7 +488,7 @@ type EnrollResponse struct {
 
 func (x *EnrollResponse) Reset() {
 	*x = EnrollResponse{}
-	mi := &file_enroll_proto_msgTypes[4]
+	mi := &file_enroll_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -344,7 +500,7 @@ func (x *EnrollResponse) String() string {
 func (*EnrollResponse) ProtoMessage() {}
 
 func (x *EnrollResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_enroll_proto_msgTypes[4]
+	mi := &file_enroll_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -357,7 +513,7 @@ func (x *EnrollResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EnrollResponse.ProtoReflect.Descriptor instead.
 func (*EnrollResponse) Descriptor() ([]byte, []int) {
-	return file_enroll_proto_rawDescGZIP(), []int{4}
+	return file_enroll_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *EnrollResponse) GetMessage() isEnrollResponse_Message {
@@ -413,7 +569,7 @@ type Challenge struct {
 
 func (x *Challenge) Reset() {
 	*x = Challenge{}
-	mi := &file_enroll_proto_msgTypes[5]
+	mi := &file_enroll_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -425,7 +581,7 @@ func (x *Challenge) String() string {
 func (*Challenge) ProtoMessage() {}
 
 func (x *Challenge) ProtoReflect() protoreflect.Message {
-	mi := &file_enroll_proto_msgTypes[5]
+	mi := &file_enroll_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -438,7 +594,7 @@ func (x *Challenge) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Challenge.ProtoReflect.Descriptor instead.
 func (*Challenge) Descriptor() ([]byte, []int) {
-	return file_enroll_proto_rawDescGZIP(), []int{5}
+	return file_enroll_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Challenge) GetNonce() []byte {
@@ -451,15 +607,18 @@ func (x *Challenge) GetNonce() []byte {
 // Proof signs "sallyport enrolment v1" 0x00 nonce SHA-256(csr) with the
 // enrolment key (ECDSA P-256 over SHA-256, ASN.1).
 type Proof struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Signature     []byte                 `protobuf:"bytes,1,opt,name=signature,proto3" json:"signature,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Signature []byte                 `protobuf:"bytes,1,opt,name=signature,proto3" json:"signature,omitempty"`
+	// With x509pop: the same content behind "sallyport x509pop v1" 0x00, signed
+	// with the key of the certificate (ECDSA or RSA-PSS over SHA-256, or Ed25519).
+	EvidenceSignature []byte `protobuf:"bytes,2,opt,name=evidence_signature,json=evidenceSignature,proto3" json:"evidence_signature,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *Proof) Reset() {
 	*x = Proof{}
-	mi := &file_enroll_proto_msgTypes[6]
+	mi := &file_enroll_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -471,7 +630,7 @@ func (x *Proof) String() string {
 func (*Proof) ProtoMessage() {}
 
 func (x *Proof) ProtoReflect() protoreflect.Message {
-	mi := &file_enroll_proto_msgTypes[6]
+	mi := &file_enroll_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -484,7 +643,7 @@ func (x *Proof) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proof.ProtoReflect.Descriptor instead.
 func (*Proof) Descriptor() ([]byte, []int) {
-	return file_enroll_proto_rawDescGZIP(), []int{6}
+	return file_enroll_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Proof) GetSignature() []byte {
@@ -494,16 +653,26 @@ func (x *Proof) GetSignature() []byte {
 	return nil
 }
 
+func (x *Proof) GetEvidenceSignature() []byte {
+	if x != nil {
+		return x.EvidenceSignature
+	}
+	return nil
+}
+
 type RenewRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Csr           []byte                 `protobuf:"bytes,1,opt,name=csr,proto3" json:"csr,omitempty"` // as in Hello
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Csr   []byte                 `protobuf:"bytes,1,opt,name=csr,proto3" json:"csr,omitempty"` // as in Hello
+	// The SVID is for the app itself, whose peers cannot receive pushed
+	// revocation: it lives one hour at most.
+	App           bool `protobuf:"varint,2,opt,name=app,proto3" json:"app,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_enroll_proto_msgTypes[7]
+	mi := &file_enroll_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -515,7 +684,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_enroll_proto_msgTypes[7]
+	mi := &file_enroll_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -528,7 +697,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_enroll_proto_rawDescGZIP(), []int{7}
+	return file_enroll_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *RenewRequest) GetCsr() []byte {
@@ -536,6 +705,13 @@ func (x *RenewRequest) GetCsr() []byte {
 		return x.Csr
 	}
 	return nil
+}
+
+func (x *RenewRequest) GetApp() bool {
+	if x != nil {
+		return x.App
+	}
+	return false
 }
 
 type RenewResponse struct {
@@ -547,7 +723,7 @@ type RenewResponse struct {
 
 func (x *RenewResponse) Reset() {
 	*x = RenewResponse{}
-	mi := &file_enroll_proto_msgTypes[8]
+	mi := &file_enroll_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -559,7 +735,7 @@ func (x *RenewResponse) String() string {
 func (*RenewResponse) ProtoMessage() {}
 
 func (x *RenewResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_enroll_proto_msgTypes[8]
+	mi := &file_enroll_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -572,7 +748,7 @@ func (x *RenewResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewResponse.ProtoReflect.Descriptor instead.
 func (*RenewResponse) Descriptor() ([]byte, []int) {
-	return file_enroll_proto_rawDescGZIP(), []int{8}
+	return file_enroll_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *RenewResponse) GetSvid() *SVID {
@@ -600,7 +776,7 @@ type SVID struct {
 
 func (x *SVID) Reset() {
 	*x = SVID{}
-	mi := &file_enroll_proto_msgTypes[9]
+	mi := &file_enroll_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -612,7 +788,7 @@ func (x *SVID) String() string {
 func (*SVID) ProtoMessage() {}
 
 func (x *SVID) ProtoReflect() protoreflect.Message {
-	mi := &file_enroll_proto_msgTypes[9]
+	mi := &file_enroll_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -625,7 +801,7 @@ func (x *SVID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SVID.ProtoReflect.Descriptor instead.
 func (*SVID) Descriptor() ([]byte, []int) {
-	return file_enroll_proto_rawDescGZIP(), []int{9}
+	return file_enroll_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SVID) GetSpiffeId() string {
@@ -663,6 +839,305 @@ func (x *SVID) GetServerTime() *timestamppb.Timestamp {
 	return nil
 }
 
+// Process is what an agent knows of a process: selectors of kind unix.
+type Process struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// :: selector → values, as internal/issuer/attest lists them
+	Selectors     map[string]*Values `protobuf:"bytes,1,rep,name=selectors,proto3" json:"selectors,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Process) Reset() {
+	*x = Process{}
+	mi := &file_enroll_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Process) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Process) ProtoMessage() {}
+
+func (x *Process) ProtoReflect() protoreflect.Message {
+	mi := &file_enroll_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Process.ProtoReflect.Descriptor instead.
+func (*Process) Descriptor() ([]byte, []int) {
+	return file_enroll_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Process) GetSelectors() map[string]*Values {
+	if x != nil {
+		return x.Selectors
+	}
+	return nil
+}
+
+type Values struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Values        []string               `protobuf:"bytes,1,rep,name=values,proto3" json:"values,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Values) Reset() {
+	*x = Values{}
+	mi := &file_enroll_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Values) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Values) ProtoMessage() {}
+
+func (x *Values) ProtoReflect() protoreflect.Message {
+	mi := &file_enroll_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Values.ProtoReflect.Descriptor instead.
+func (*Values) Descriptor() ([]byte, []int) {
+	return file_enroll_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *Values) GetValues() []string {
+	if x != nil {
+		return x.Values
+	}
+	return nil
+}
+
+type IssueForRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Process       *Process               `protobuf:"bytes,1,opt,name=process,proto3" json:"process,omitempty"`
+	Csr           []byte                 `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"` // as in Hello
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssueForRequest) Reset() {
+	*x = IssueForRequest{}
+	mi := &file_enroll_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssueForRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssueForRequest) ProtoMessage() {}
+
+func (x *IssueForRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_enroll_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssueForRequest.ProtoReflect.Descriptor instead.
+func (*IssueForRequest) Descriptor() ([]byte, []int) {
+	return file_enroll_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *IssueForRequest) GetProcess() *Process {
+	if x != nil {
+		return x.Process
+	}
+	return nil
+}
+
+func (x *IssueForRequest) GetCsr() []byte {
+	if x != nil {
+		return x.Csr
+	}
+	return nil
+}
+
+type IssueForResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Svid          *SVID                  `protobuf:"bytes,1,opt,name=svid,proto3" json:"svid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssueForResponse) Reset() {
+	*x = IssueForResponse{}
+	mi := &file_enroll_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssueForResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssueForResponse) ProtoMessage() {}
+
+func (x *IssueForResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_enroll_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssueForResponse.ProtoReflect.Descriptor instead.
+func (*IssueForResponse) Descriptor() ([]byte, []int) {
+	return file_enroll_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *IssueForResponse) GetSvid() *SVID {
+	if x != nil {
+		return x.Svid
+	}
+	return nil
+}
+
+type IssueJWTRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1 to 16 audiences, each of 1 to 1024 bytes.
+	Audience      []string `protobuf:"bytes,1,rep,name=audience,proto3" json:"audience,omitempty"`
+	Process       *Process `protobuf:"bytes,2,opt,name=process,proto3" json:"process,omitempty"` // from agents only; absent: the caller itself
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssueJWTRequest) Reset() {
+	*x = IssueJWTRequest{}
+	mi := &file_enroll_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssueJWTRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssueJWTRequest) ProtoMessage() {}
+
+func (x *IssueJWTRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_enroll_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssueJWTRequest.ProtoReflect.Descriptor instead.
+func (*IssueJWTRequest) Descriptor() ([]byte, []int) {
+	return file_enroll_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *IssueJWTRequest) GetAudience() []string {
+	if x != nil {
+		return x.Audience
+	}
+	return nil
+}
+
+func (x *IssueJWTRequest) GetProcess() *Process {
+	if x != nil {
+		return x.Process
+	}
+	return nil
+}
+
+type IssueJWTResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId      string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	Token         string                 `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"` // JWT-SVID, compact form
+	Expires       *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=expires,proto3" json:"expires,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssueJWTResponse) Reset() {
+	*x = IssueJWTResponse{}
+	mi := &file_enroll_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssueJWTResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssueJWTResponse) ProtoMessage() {}
+
+func (x *IssueJWTResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_enroll_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssueJWTResponse.ProtoReflect.Descriptor instead.
+func (*IssueJWTResponse) Descriptor() ([]byte, []int) {
+	return file_enroll_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *IssueJWTResponse) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *IssueJWTResponse) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *IssueJWTResponse) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
+}
+
 var File_enroll_proto protoreflect.FileDescriptor
 
 const file_enroll_proto_rawDesc = "" +
@@ -671,11 +1146,16 @@ const file_enroll_proto_rawDesc = "" +
 	"\rEnrollRequest\x12+\n" +
 	"\x05hello\x18\x01 \x01(\v2\x13.sallyport.v1.HelloH\x00R\x05hello\x12+\n" +
 	"\x05proof\x18\x02 \x01(\v2\x13.sallyport.v1.ProofH\x00R\x05proofB\t\n" +
-	"\amessage\"\x90\x02\n" +
+	"\amessage\"\xb1\x03\n" +
 	"\x05Hello\x128\n" +
 	"\n" +
 	"join_token\x18\x01 \x01(\v2\x17.sallyport.v1.JoinTokenH\x00R\tjoinToken\x12D\n" +
-	"\x0eenrollment_key\x18\x02 \x01(\v2\x1b.sallyport.v1.EnrollmentKeyH\x00R\renrollmentKey\x12\x10\n" +
+	"\x0eenrollment_key\x18\x02 \x01(\v2\x1b.sallyport.v1.EnrollmentKeyH\x00R\renrollmentKey\x121\n" +
+	"\ax509pop\x18\x03 \x01(\v2\x15.sallyport.v1.X509PopH\x00R\ax509pop\x12;\n" +
+	"\n" +
+	"kubernetes\x18\x04 \x01(\v2\x19.sallyport.v1.BearerTokenH\x00R\n" +
+	"kubernetes\x12/\n" +
+	"\x04oidc\x18\x05 \x01(\v2\x19.sallyport.v1.BearerTokenH\x00R\x04oidc\x12\x10\n" +
 	"\x03csr\x18\b \x01(\fR\x03csr\x12,\n" +
 	"\x12new_enrollment_key\x18\t \x01(\fR\x10newEnrollmentKey\x12;\n" +
 	"\vclient_time\x18\n" +
@@ -687,17 +1167,25 @@ const file_enroll_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06secret\x18\x02 \x01(\fR\x06secret\"+\n" +
 	"\rEnrollmentKey\x12\x1a\n" +
-	"\binstance\x18\x01 \x01(\tR\binstance\"\x82\x01\n" +
+	"\binstance\x18\x01 \x01(\tR\binstance\"/\n" +
+	"\aX509Pop\x12\x14\n" +
+	"\x05chain\x18\x01 \x03(\fR\x05chain\x12\x0e\n" +
+	"\x02ca\x18\x02 \x01(\tR\x02ca\";\n" +
+	"\vBearerToken\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\x12\x16\n" +
+	"\x06issuer\x18\x02 \x01(\tR\x06issuer\"\x82\x01\n" +
 	"\x0eEnrollResponse\x127\n" +
 	"\tchallenge\x18\x01 \x01(\v2\x17.sallyport.v1.ChallengeH\x00R\tchallenge\x12,\n" +
 	"\x06issued\x18\x02 \x01(\v2\x12.sallyport.v1.SVIDH\x00R\x06issuedB\t\n" +
 	"\amessage\"!\n" +
 	"\tChallenge\x12\x14\n" +
-	"\x05nonce\x18\x01 \x01(\fR\x05nonce\"%\n" +
+	"\x05nonce\x18\x01 \x01(\fR\x05nonce\"T\n" +
 	"\x05Proof\x12\x1c\n" +
-	"\tsignature\x18\x01 \x01(\fR\tsignature\" \n" +
+	"\tsignature\x18\x01 \x01(\fR\tsignature\x12-\n" +
+	"\x12evidence_signature\x18\x02 \x01(\fR\x11evidenceSignature\"2\n" +
 	"\fRenewRequest\x12\x10\n" +
-	"\x03csr\x18\x01 \x01(\fR\x03csr\"7\n" +
+	"\x03csr\x18\x01 \x01(\fR\x03csr\x12\x10\n" +
+	"\x03app\x18\x02 \x01(\bR\x03app\"7\n" +
 	"\rRenewResponse\x12&\n" +
 	"\x04svid\x18\x01 \x01(\v2\x12.sallyport.v1.SVIDR\x04svid\"\xaa\x01\n" +
 	"\x04SVID\x12\x1b\n" +
@@ -706,11 +1194,32 @@ const file_enroll_proto_rawDesc = "" +
 	"\x05chain\x18\x03 \x03(\fR\x05chain\x12\x16\n" +
 	"\x06bundle\x18\x04 \x03(\fR\x06bundle\x12;\n" +
 	"\vserver_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"serverTime2\x97\x01\n" +
+	"serverTime\"\xa1\x01\n" +
+	"\aProcess\x12B\n" +
+	"\tselectors\x18\x01 \x03(\v2$.sallyport.v1.Process.SelectorsEntryR\tselectors\x1aR\n" +
+	"\x0eSelectorsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12*\n" +
+	"\x05value\x18\x02 \x01(\v2\x14.sallyport.v1.ValuesR\x05value:\x028\x01\" \n" +
+	"\x06Values\x12\x16\n" +
+	"\x06values\x18\x01 \x03(\tR\x06values\"T\n" +
+	"\x0fIssueForRequest\x12/\n" +
+	"\aprocess\x18\x01 \x01(\v2\x15.sallyport.v1.ProcessR\aprocess\x12\x10\n" +
+	"\x03csr\x18\x02 \x01(\fR\x03csr\":\n" +
+	"\x10IssueForResponse\x12&\n" +
+	"\x04svid\x18\x01 \x01(\v2\x12.sallyport.v1.SVIDR\x04svid\"^\n" +
+	"\x0fIssueJWTRequest\x12\x1a\n" +
+	"\baudience\x18\x01 \x03(\tR\baudience\x12/\n" +
+	"\aprocess\x18\x02 \x01(\v2\x15.sallyport.v1.ProcessR\aprocess\"{\n" +
+	"\x10IssueJWTResponse\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x14\n" +
+	"\x05token\x18\x02 \x01(\tR\x05token\x124\n" +
+	"\aexpires\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires2\xad\x02\n" +
 	"\n" +
 	"Enrollment\x12G\n" +
 	"\x06Enroll\x12\x1b.sallyport.v1.EnrollRequest\x1a\x1c.sallyport.v1.EnrollResponse(\x010\x01\x12@\n" +
-	"\x05Renew\x12\x1a.sallyport.v1.RenewRequest\x1a\x1b.sallyport.v1.RenewResponseBBZ@github.com/sallyport-mesh/sallyport/api/sallyport/v1;sallyportv1b\x06proto3"
+	"\x05Renew\x12\x1a.sallyport.v1.RenewRequest\x1a\x1b.sallyport.v1.RenewResponse\x12I\n" +
+	"\bIssueFor\x12\x1d.sallyport.v1.IssueForRequest\x1a\x1e.sallyport.v1.IssueForResponse\x12I\n" +
+	"\bIssueJWT\x12\x1d.sallyport.v1.IssueJWTRequest\x1a\x1e.sallyport.v1.IssueJWTResponseBBZ@github.com/sallyport-mesh/sallyport/api/sallyport/v1;sallyportv1b\x06proto3"
 
 var (
 	file_enroll_proto_rawDescOnce sync.Once
@@ -724,39 +1233,61 @@ func file_enroll_proto_rawDescGZIP() []byte {
 	return file_enroll_proto_rawDescData
 }
 
-var file_enroll_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_enroll_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_enroll_proto_goTypes = []any{
 	(*EnrollRequest)(nil),         // 0: sallyport.v1.EnrollRequest
 	(*Hello)(nil),                 // 1: sallyport.v1.Hello
 	(*JoinToken)(nil),             // 2: sallyport.v1.JoinToken
 	(*EnrollmentKey)(nil),         // 3: sallyport.v1.EnrollmentKey
-	(*EnrollResponse)(nil),        // 4: sallyport.v1.EnrollResponse
-	(*Challenge)(nil),             // 5: sallyport.v1.Challenge
-	(*Proof)(nil),                 // 6: sallyport.v1.Proof
-	(*RenewRequest)(nil),          // 7: sallyport.v1.RenewRequest
-	(*RenewResponse)(nil),         // 8: sallyport.v1.RenewResponse
-	(*SVID)(nil),                  // 9: sallyport.v1.SVID
-	(*timestamppb.Timestamp)(nil), // 10: google.protobuf.Timestamp
+	(*X509Pop)(nil),               // 4: sallyport.v1.X509Pop
+	(*BearerToken)(nil),           // 5: sallyport.v1.BearerToken
+	(*EnrollResponse)(nil),        // 6: sallyport.v1.EnrollResponse
+	(*Challenge)(nil),             // 7: sallyport.v1.Challenge
+	(*Proof)(nil),                 // 8: sallyport.v1.Proof
+	(*RenewRequest)(nil),          // 9: sallyport.v1.RenewRequest
+	(*RenewResponse)(nil),         // 10: sallyport.v1.RenewResponse
+	(*SVID)(nil),                  // 11: sallyport.v1.SVID
+	(*Process)(nil),               // 12: sallyport.v1.Process
+	(*Values)(nil),                // 13: sallyport.v1.Values
+	(*IssueForRequest)(nil),       // 14: sallyport.v1.IssueForRequest
+	(*IssueForResponse)(nil),      // 15: sallyport.v1.IssueForResponse
+	(*IssueJWTRequest)(nil),       // 16: sallyport.v1.IssueJWTRequest
+	(*IssueJWTResponse)(nil),      // 17: sallyport.v1.IssueJWTResponse
+	nil,                           // 18: sallyport.v1.Process.SelectorsEntry
+	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
 }
 var file_enroll_proto_depIdxs = []int32{
 	1,  // 0: sallyport.v1.EnrollRequest.hello:type_name -> sallyport.v1.Hello
-	6,  // 1: sallyport.v1.EnrollRequest.proof:type_name -> sallyport.v1.Proof
+	8,  // 1: sallyport.v1.EnrollRequest.proof:type_name -> sallyport.v1.Proof
 	2,  // 2: sallyport.v1.Hello.join_token:type_name -> sallyport.v1.JoinToken
 	3,  // 3: sallyport.v1.Hello.enrollment_key:type_name -> sallyport.v1.EnrollmentKey
-	10, // 4: sallyport.v1.Hello.client_time:type_name -> google.protobuf.Timestamp
-	5,  // 5: sallyport.v1.EnrollResponse.challenge:type_name -> sallyport.v1.Challenge
-	9,  // 6: sallyport.v1.EnrollResponse.issued:type_name -> sallyport.v1.SVID
-	9,  // 7: sallyport.v1.RenewResponse.svid:type_name -> sallyport.v1.SVID
-	10, // 8: sallyport.v1.SVID.server_time:type_name -> google.protobuf.Timestamp
-	0,  // 9: sallyport.v1.Enrollment.Enroll:input_type -> sallyport.v1.EnrollRequest
-	7,  // 10: sallyport.v1.Enrollment.Renew:input_type -> sallyport.v1.RenewRequest
-	4,  // 11: sallyport.v1.Enrollment.Enroll:output_type -> sallyport.v1.EnrollResponse
-	8,  // 12: sallyport.v1.Enrollment.Renew:output_type -> sallyport.v1.RenewResponse
-	11, // [11:13] is the sub-list for method output_type
-	9,  // [9:11] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	4,  // 4: sallyport.v1.Hello.x509pop:type_name -> sallyport.v1.X509Pop
+	5,  // 5: sallyport.v1.Hello.kubernetes:type_name -> sallyport.v1.BearerToken
+	5,  // 6: sallyport.v1.Hello.oidc:type_name -> sallyport.v1.BearerToken
+	19, // 7: sallyport.v1.Hello.client_time:type_name -> google.protobuf.Timestamp
+	7,  // 8: sallyport.v1.EnrollResponse.challenge:type_name -> sallyport.v1.Challenge
+	11, // 9: sallyport.v1.EnrollResponse.issued:type_name -> sallyport.v1.SVID
+	11, // 10: sallyport.v1.RenewResponse.svid:type_name -> sallyport.v1.SVID
+	19, // 11: sallyport.v1.SVID.server_time:type_name -> google.protobuf.Timestamp
+	18, // 12: sallyport.v1.Process.selectors:type_name -> sallyport.v1.Process.SelectorsEntry
+	12, // 13: sallyport.v1.IssueForRequest.process:type_name -> sallyport.v1.Process
+	11, // 14: sallyport.v1.IssueForResponse.svid:type_name -> sallyport.v1.SVID
+	12, // 15: sallyport.v1.IssueJWTRequest.process:type_name -> sallyport.v1.Process
+	19, // 16: sallyport.v1.IssueJWTResponse.expires:type_name -> google.protobuf.Timestamp
+	13, // 17: sallyport.v1.Process.SelectorsEntry.value:type_name -> sallyport.v1.Values
+	0,  // 18: sallyport.v1.Enrollment.Enroll:input_type -> sallyport.v1.EnrollRequest
+	9,  // 19: sallyport.v1.Enrollment.Renew:input_type -> sallyport.v1.RenewRequest
+	14, // 20: sallyport.v1.Enrollment.IssueFor:input_type -> sallyport.v1.IssueForRequest
+	16, // 21: sallyport.v1.Enrollment.IssueJWT:input_type -> sallyport.v1.IssueJWTRequest
+	6,  // 22: sallyport.v1.Enrollment.Enroll:output_type -> sallyport.v1.EnrollResponse
+	10, // 23: sallyport.v1.Enrollment.Renew:output_type -> sallyport.v1.RenewResponse
+	15, // 24: sallyport.v1.Enrollment.IssueFor:output_type -> sallyport.v1.IssueForResponse
+	17, // 25: sallyport.v1.Enrollment.IssueJWT:output_type -> sallyport.v1.IssueJWTResponse
+	22, // [22:26] is the sub-list for method output_type
+	18, // [18:22] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_enroll_proto_init() }
@@ -771,8 +1302,11 @@ func file_enroll_proto_init() {
 	file_enroll_proto_msgTypes[1].OneofWrappers = []any{
 		(*Hello_JoinToken)(nil),
 		(*Hello_EnrollmentKey)(nil),
+		(*Hello_X509Pop)(nil),
+		(*Hello_Kubernetes)(nil),
+		(*Hello_Oidc)(nil),
 	}
-	file_enroll_proto_msgTypes[4].OneofWrappers = []any{
+	file_enroll_proto_msgTypes[6].OneofWrappers = []any{
 		(*EnrollResponse_Challenge)(nil),
 		(*EnrollResponse_Issued)(nil),
 	}
@@ -782,7 +1316,7 @@ func file_enroll_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_enroll_proto_rawDesc), len(file_enroll_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   10,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -21,8 +21,10 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Enrollment_Enroll_FullMethodName = "/sallyport.v1.Enrollment/Enroll"
-	Enrollment_Renew_FullMethodName  = "/sallyport.v1.Enrollment/Renew"
+	Enrollment_Enroll_FullMethodName   = "/sallyport.v1.Enrollment/Enroll"
+	Enrollment_Renew_FullMethodName    = "/sallyport.v1.Enrollment/Renew"
+	Enrollment_IssueFor_FullMethodName = "/sallyport.v1.Enrollment/IssueFor"
+	Enrollment_IssueJWT_FullMethodName = "/sallyport.v1.Enrollment/IssueJWT"
 )
 
 // EnrollmentClient is the client API for Enrollment service.
@@ -31,6 +33,9 @@ const (
 //
 // Enrollment issues X.509-SVIDs. Enroll needs no client certificate and is the
 // only RPC of the control plane that does not; Renew needs a valid SVID.
+//
+// A sidecar calls it for its own workload, an agent also for the processes on
+// its host.
 type EnrollmentClient interface {
 	// Enroll is a dialogue of exactly Hello, Challenge, Proof and Issued, within
 	// 10 seconds. The server ends it with Unauthenticated for evidence it does not
@@ -43,6 +48,14 @@ type EnrollmentClient interface {
 	// public key. Both are those of the client certificate: the instance is its
 	// subject's serialNumber. Codes as for Enroll.
 	Renew(ctx context.Context, in *RenewRequest, opts ...grpc.CallOption) (*RenewResponse, error)
+	// IssueFor issues an SVID to a process on the caller's host, for whose
+	// evidence the caller, an agent, vouches. Only a workload whose attest entry
+	// of kind unix names the caller under via can result. PermissionDenied when
+	// none does, FailedPrecondition when several do.
+	IssueFor(ctx context.Context, in *IssueForRequest, opts ...grpc.CallOption) (*IssueForResponse, error)
+	// IssueJWT issues a JWT-SVID of the caller's own ID, or of the process's that
+	// it vouches for.
+	IssueJWT(ctx context.Context, in *IssueJWTRequest, opts ...grpc.CallOption) (*IssueJWTResponse, error)
 }
 
 type enrollmentClient struct {
@@ -76,12 +89,35 @@ func (c *enrollmentClient) Renew(ctx context.Context, in *RenewRequest, opts ...
 	return out, nil
 }
 
+func (c *enrollmentClient) IssueFor(ctx context.Context, in *IssueForRequest, opts ...grpc.CallOption) (*IssueForResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(IssueForResponse)
+	err := c.cc.Invoke(ctx, Enrollment_IssueFor_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *enrollmentClient) IssueJWT(ctx context.Context, in *IssueJWTRequest, opts ...grpc.CallOption) (*IssueJWTResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(IssueJWTResponse)
+	err := c.cc.Invoke(ctx, Enrollment_IssueJWT_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // EnrollmentServer is the server API for Enrollment service.
 // All implementations must embed UnimplementedEnrollmentServer
 // for forward compatibility.
 //
 // Enrollment issues X.509-SVIDs. Enroll needs no client certificate and is the
 // only RPC of the control plane that does not; Renew needs a valid SVID.
+//
+// A sidecar calls it for its own workload, an agent also for the processes on
+// its host.
 type EnrollmentServer interface {
 	// Enroll is a dialogue of exactly Hello, Challenge, Proof and Issued, within
 	// 10 seconds. The server ends it with Unauthenticated for evidence it does not
@@ -94,6 +130,14 @@ type EnrollmentServer interface {
 	// public key. Both are those of the client certificate: the instance is its
 	// subject's serialNumber. Codes as for Enroll.
 	Renew(context.Context, *RenewRequest) (*RenewResponse, error)
+	// IssueFor issues an SVID to a process on the caller's host, for whose
+	// evidence the caller, an agent, vouches. Only a workload whose attest entry
+	// of kind unix names the caller under via can result. PermissionDenied when
+	// none does, FailedPrecondition when several do.
+	IssueFor(context.Context, *IssueForRequest) (*IssueForResponse, error)
+	// IssueJWT issues a JWT-SVID of the caller's own ID, or of the process's that
+	// it vouches for.
+	IssueJWT(context.Context, *IssueJWTRequest) (*IssueJWTResponse, error)
 	mustEmbedUnimplementedEnrollmentServer()
 }
 
@@ -109,6 +153,12 @@ func (UnimplementedEnrollmentServer) Enroll(grpc.BidiStreamingServer[EnrollReque
 }
 func (UnimplementedEnrollmentServer) Renew(context.Context, *RenewRequest) (*RenewResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Renew not implemented")
+}
+func (UnimplementedEnrollmentServer) IssueFor(context.Context, *IssueForRequest) (*IssueForResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method IssueFor not implemented")
+}
+func (UnimplementedEnrollmentServer) IssueJWT(context.Context, *IssueJWTRequest) (*IssueJWTResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method IssueJWT not implemented")
 }
 func (UnimplementedEnrollmentServer) mustEmbedUnimplementedEnrollmentServer() {}
 func (UnimplementedEnrollmentServer) testEmbeddedByValue()                    {}
@@ -156,6 +206,42 @@ func _Enrollment_Renew_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Enrollment_IssueFor_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(IssueForRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(EnrollmentServer).IssueFor(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Enrollment_IssueFor_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(EnrollmentServer).IssueFor(ctx, req.(*IssueForRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Enrollment_IssueJWT_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(IssueJWTRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(EnrollmentServer).IssueJWT(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Enrollment_IssueJWT_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(EnrollmentServer).IssueJWT(ctx, req.(*IssueJWTRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Enrollment_ServiceDesc is the grpc.ServiceDesc for Enrollment service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -166,6 +252,14 @@ var Enrollment_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Renew",
 			Handler:    _Enrollment_Renew_Handler,
+		},
+		{
+			MethodName: "IssueFor",
+			Handler:    _Enrollment_IssueFor_Handler,
+		},
+		{
+			MethodName: "IssueJWT",
+			Handler:    _Enrollment_IssueJWT_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
