@@ -381,9 +381,12 @@ func (x *RevokedSerial) GetUntil() *timestamppb.Timestamp {
 
 // RevokedIssuer refuses everything that one CA key signed.
 type RevokedIssuer struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	KeyHash       []byte                 `protobuf:"bytes,1,opt,name=key_hash,json=keyHash,proto3" json:"key_hash,omitempty"` // SHA-256 of the SubjectPublicKeyInfo
-	Until         *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=until,proto3" json:"until,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	KeyHash []byte                 `protobuf:"bytes,1,opt,name=key_hash,json=keyHash,proto3" json:"key_hash,omitempty"` // SHA-256 of the SubjectPublicKeyInfo
+	Until   *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=until,proto3" json:"until,omitempty"`
+	// Refused from then on. Whoever holds an SVID that this key signed renews it
+	// before.
+	From          *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=from,proto3" json:"from,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -432,6 +435,13 @@ func (x *RevokedIssuer) GetUntil() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *RevokedIssuer) GetFrom() *timestamppb.Timestamp {
+	if x != nil {
+		return x.From
+	}
+	return nil
+}
+
 var File_revocation_proto protoreflect.FileDescriptor
 
 const file_revocation_proto_rawDesc = "" +
@@ -463,10 +473,11 @@ const file_revocation_proto_rawDesc = "" +
 	"\x05until\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"Y\n" +
 	"\rRevokedSerial\x12\x16\n" +
 	"\x06serial\x18\x01 \x01(\fR\x06serial\x120\n" +
-	"\x05until\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"\\\n" +
+	"\x05until\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"\x8c\x01\n" +
 	"\rRevokedIssuer\x12\x19\n" +
 	"\bkey_hash\x18\x01 \x01(\fR\akeyHash\x120\n" +
-	"\x05until\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05untilBBZ@github.com/sallyport-mesh/sallyport/api/sallyport/v1;sallyportv1b\x06proto3"
+	"\x05until\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12.\n" +
+	"\x04from\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04fromBBZ@github.com/sallyport-mesh/sallyport/api/sallyport/v1;sallyportv1b\x06proto3"
 
 var (
 	file_revocation_proto_rawDescOnce sync.Once
@@ -503,11 +514,12 @@ var file_revocation_proto_depIdxs = []int32{
 	6,  // 9: sallyport.v1.RevokedInstance.until:type_name -> google.protobuf.Timestamp
 	6,  // 10: sallyport.v1.RevokedSerial.until:type_name -> google.protobuf.Timestamp
 	6,  // 11: sallyport.v1.RevokedIssuer.until:type_name -> google.protobuf.Timestamp
-	12, // [12:12] is the sub-list for method output_type
-	12, // [12:12] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	6,  // 12: sallyport.v1.RevokedIssuer.from:type_name -> google.protobuf.Timestamp
+	13, // [13:13] is the sub-list for method output_type
+	13, // [13:13] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_revocation_proto_init() }
