@@ -5,6 +5,8 @@ import (
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
 // test checks that the workloads and ports of a PolicyTest exist.
@@ -15,6 +17,11 @@ func (c *compiler) test(s *Set, t PolicyTest) {
 		}
 		id, err := refID(c.td, k.To, c.nameToID)
 		i, known := c.byID[id.String()]
+		if err == "" && !known {
+			if ts := c.matchTemplates(identity.ExactPattern(id)); len(ts) == 1 {
+				i, known = ts[0], true
+			}
+		}
 		switch {
 		case err != "":
 			c.errs.add(s.mistake(&c.errs, t.File, k.to, c.suggestWorkload(k.To), err))
@@ -36,7 +43,7 @@ func (c *compiler) nameToID(name string) (spiffeid.ID, bool) {
 	if !ok {
 		return spiffeid.ID{}, false
 	}
-	return c.workloads[i].ID, true
+	return c.workloads[i].ID, true // zero for a template
 }
 
 // refID resolves what a test case names; problem is "" when it could.
@@ -51,6 +58,9 @@ func refID(td spiffeid.TrustDomain, ref string, byName func(string) (spiffeid.ID
 		var ok bool
 		if id, ok = byName(ref); !ok {
 			return id, fmt.Sprintf("unknown workload %q", shorten(ref))
+		}
+		if id.IsZero() {
+			return id, fmt.Sprintf("workload %s is a template: write one of its IDs", ref)
 		}
 	}
 	if err != nil {

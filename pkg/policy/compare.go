@@ -27,8 +27,9 @@ func Compare(before, after *Ruleset) Diff {
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(ids)) {
-		c.destination(id)
+		c.destination(id, c.title(id))
 	}
+	c.templates()
 	return c.diff
 }
 
@@ -52,6 +53,13 @@ func newSide(rs *Ruleset, id string) side {
 	s := side{rs: rs, index: &index{}}
 	if i, ok := rs.workloadIndex(id); ok {
 		s.workload, s.exists = rs.workloads[i], true
+	}
+	for _, w := range rs.Templates() {
+		if parseVector(w.Pattern.String()).covers(parseVector(id)) {
+			s.workload, s.exists = w, true
+		}
+	}
+	if s.exists {
 		s.rules = rs.rulesTo(id)
 	}
 	return s
@@ -65,8 +73,51 @@ func (s side) find(src string, port uint16) verdict {
 	return s.index.find(src, port)
 }
 
-// destination compares what is said about one destination.
-func (c *comparison) destination(id string) {
+// templates compares what is said about the IDs of templates: about a witness of
+// each region that the rules cut out of them.
+func (c *comparison) templates() {
+	patterns := map[string]struct{}{}
+	var whole []vector
+	for _, r := range []*Ruleset{c.before, c.after} {
+		for _, w := range r.Templates() {
+			patterns[w.Pattern.String()] = struct{}{}
+			whole = append(whole, parseVector(w.Pattern.String()))
+			for _, side := range []*Ruleset{c.before, c.after} {
+				for p := range side.targetsOf(w) {
+					patterns[p] = struct{}{}
+				}
+			}
+		}
+	}
+	regions, ok := cutRegions(slices.Sorted(maps.Keys(patterns)))
+	if !ok {
+		c.diff.inexact = append(c.diff.inexact, "templated workloads")
+	}
+	for _, atom := range regions.atoms {
+		if slices.ContainsFunc(whole, func(v vector) bool { return v.covers(atom) }) {
+			c.destination(atom.witness(), c.title(atom.String()))
+		}
+	}
+}
+
+// targetsOf gives the parts of a template that rules have as their To.
+func (r *Ruleset) targetsOf(w CompiledWorkload) map[string]struct{} {
+	out := map[string]struct{}{}
+	if r == nil {
+		return out
+	}
+	for _, t := range r.targets {
+		for _, p := range t.to {
+			if both, ok := intersect(w.Pattern, p); ok {
+				out[both.String()] = struct{}{}
+			}
+		}
+	}
+	return out
+}
+
+// destination compares what is said about one destination, called title.
+func (c *comparison) destination(id, title string) {
 	b, a := newSide(c.before, id), newSide(c.after, id)
 	if b.exists && a.exists && slices.Equal(b.workload.Ports, a.workload.Ports) && slices.Equal(c.fingerprint(b), c.fingerprint(a)) {
 		return
@@ -91,11 +142,11 @@ func (c *comparison) destination(id string) {
 	}
 	regions, ok := cutRegions(slices.Sorted(maps.Keys(wild)))
 	if !ok {
-		c.diff.inexact = append(c.diff.inexact, c.title(id))
+		c.diff.inexact = append(c.diff.inexact, title)
 	}
 	sources := slices.Sorted(maps.Keys(exact))
 	for _, port := range unionPorts(b.workload.Ports, a.workload.Ports) {
-		c.port(b, a, port, c.title(id), sources, regions)
+		c.port(b, a, port, title, sources, regions)
 	}
 }
 
@@ -235,7 +286,7 @@ func (c *comparison) hash(ps []identity.Pattern) uint64 {
 // title calls an ID as people do, by the newer set where it is known.
 func (c *comparison) title(id string) string {
 	if _, ok := c.after.workloadIndex(id); !ok {
-		if _, ok := c.before.workloadIndex(id); ok || len(c.after.Workloads()) == 0 {
+		if _, ok := c.before.workloadIndex(id); ok || c.after.trustDomain().IsZero() {
 			return c.before.title(id)
 		}
 	}
@@ -260,6 +311,32 @@ func (c *comparison) workloads() {
 			c.diff.workload("- workload %s (%s)", w.Name, w.ID.Path())
 		}
 	}
+	for _, w := range c.after.Templates() {
+		old, ok := c.before.template(w.Workload.ID)
+		if !ok {
+			c.diff.adds = true
+			c.diff.workload("+ workload %s (%s)", w.Name, w.Workload.ID)
+			continue
+		}
+		if changes := c.changes(old, w); len(changes) > 0 {
+			c.diff.workload("~ workload %s: %s", w.Name, strings.Join(changes, "; "))
+		}
+	}
+	for _, w := range c.before.Templates() {
+		if _, ok := c.after.template(w.Workload.ID); !ok {
+			c.diff.workload("- workload %s (%s)", w.Name, w.Workload.ID)
+		}
+	}
+}
+
+// template gives the template that is written with this id.
+func (r *Ruleset) template(id string) (CompiledWorkload, bool) {
+	for _, w := range r.Templates() {
+		if w.Workload.ID == id {
+			return w, true
+		}
+	}
+	return CompiledWorkload{}, false
 }
 
 // changes lists what differs between two versions of a workload.
@@ -297,7 +374,7 @@ func (c *comparison) changes(old, now CompiledWorkload) []string {
 func (w Workload) evidence() []string {
 	out := make([]string, len(w.Attest))
 	for i, a := range w.Attest {
-		out[i] = a.Kind
+		out[i] = a.String()
 	}
 	return out
 }

@@ -20,6 +20,7 @@ func Compile(td spiffeid.TrustDomain, sets []*Set) (*Ruleset, error) {
 	c := compiler{
 		td: td, sets: sets,
 		from: map[string][]identity.Pattern{}, to: map[string]destinations{}, split: map[string][]group{},
+		narrow: map[string]int{},
 	}
 	for i := range sets[min(1, len(sets)):] {
 		if sets[i].Name == sets[i+1].Name {
@@ -28,6 +29,7 @@ func Compile(td spiffeid.TrustDomain, sets []*Set) (*Ruleset, error) {
 	}
 	checkDuplicates(sets, &c.errs)
 	c.addWorkloads()
+	c.checkEvidence()
 	if len(c.workloads) == 0 && !c.errs.failed() {
 		return nil, Errors{{Msg: ErrNoWorkload.Error(), Hint: "define at least one kind: Workload", err: ErrNoWorkload}}
 	}
@@ -43,7 +45,7 @@ func Compile(td spiffeid.TrustDomain, sets []*Set) (*Ruleset, error) {
 	if err := c.errs.err(); err != nil {
 		return nil, err
 	}
-	return newRuleset(c.rules, c.workloads), nil
+	return newRuleset(c.rules, c.workloads[:c.exactN], c.workloads[c.exactN:c.realN]), nil
 }
 
 // checkDuplicates reports resources of one kind with the same name.
@@ -105,10 +107,13 @@ type compiler struct {
 	td        spiffeid.TrustDomain
 	sets      []*Set
 	errs      collector
-	workloads []CompiledWorkload            // ordered by ID
+	workloads []CompiledWorkload            // ordered by ID, then the templates
 	byName    map[string]int                // :: metadata.name → index of workloads
 	byID      map[string]int                // :: SPIFFE ID → index of workloads
-	byLabel   map[[2]string][]int           // :: key, value → indexes of workloads, ascending
+	byLabel   map[[2]string][]int           // :: key, value → indexes of exact workloads, ascending
+	exactN    int                           // so many of workloads have one ID, then come the templates …
+	realN     int                           // … and from here on templates with some of their IDs
+	narrow    map[string]int                // :: template and pattern → index of workloads
 	from      map[string][]identity.Pattern // :: text of a from list → what it means
 	to        map[string]destinations       // :: text of a to → what it means
 	split     map[string][]group            // :: text of a to and ports → what they mean
@@ -125,8 +130,8 @@ func (c *compiler) addWorkloads() {
 	owners := map[string]owner{} // :: SPIFFE ID → who has it
 	for _, s := range c.sets {
 		for _, w := range s.Workloads {
-			if w.ID == "" {
-				continue // reported when the set was parsed
+			if w.ID == "" || len(w.variables()) > 0 {
+				continue // reported when the set was parsed, or a template
 			}
 			id, err := spiffeid.FromPath(c.td, w.ID)
 			if err != nil {
@@ -149,9 +154,16 @@ func (c *compiler) addWorkloads() {
 		}
 	}
 	slices.SortFunc(c.workloads, func(a, b CompiledWorkload) int { return strings.Compare(a.ID.String(), b.ID.String()) })
+	c.exactN = len(c.workloads)
+	c.addTemplates()
+	c.realN = len(c.workloads)
 	c.byName, c.byID, c.byLabel = map[string]int{}, map[string]int{}, map[[2]string][]int{}
 	for i, w := range c.workloads {
-		c.byName[w.Name], c.byID[w.ID.String()] = i, i
+		c.byName[w.Name] = i
+		if w.Template {
+			continue
+		}
+		c.byID[w.ID.String()] = i
 		for k, v := range w.Labels {
 			c.byLabel[[2]string{k, v}] = append(c.byLabel[[2]string{k, v}], i)
 		}

@@ -106,7 +106,7 @@ func BenchmarkCompare100k(b *testing.B) {
 		})
 	}
 	slices.SortFunc(workloads, func(a, b CompiledWorkload) int { return strings.Compare(a.ID.String(), b.ID.String()) })
-	before, after := newRuleset(slices.Clone(rules), workloads), newRuleset(rules[1:], workloads)
+	before, after := newRuleset(slices.Clone(rules), workloads, nil), newRuleset(rules[1:], workloads, nil)
 	for b.Loop() {
 		if d := Compare(before, after); len(d.Lost) != 1 || len(d.Gained) != 0 {
 			b.Fatal(d)
@@ -123,7 +123,7 @@ func BenchmarkNewRuleset100k(b *testing.B) {
 
 // BenchmarkFor100k slices a mesh of 10,000 workloads and 100,000 rules.
 func BenchmarkFor100k(b *testing.B) {
-	rs := newRuleset(meshRules(10_000, 10), nil)
+	rs := newRuleset(meshRules(10_000, 10), nil, nil)
 	self := id("/w/7")
 	for b.Loop() {
 		rs.For(self)
@@ -271,7 +271,7 @@ func TestCompile100kRules(t *testing.T) {
 
 // TestConcurrentUse races the calls that make an index.
 func TestConcurrentUse(t *testing.T) {
-	rs := newRuleset(meshRules(100, 10), []CompiledWorkload{{Workload: Workload{Name: "w", Ports: []Port{{Name: "p", Number: 80}}}, ID: id("/w/5")}})
+	rs := newRuleset(meshRules(100, 10), []CompiledWorkload{{Workload: Workload{Name: "w", Ports: []Port{{Name: "p", Number: 80}}}, ID: id("/w/5")}}, nil)
 	var wg sync.WaitGroup
 	for g := range 8 {
 		wg.Go(func() {

@@ -99,6 +99,9 @@ func (c *collector) add(e *Error) {
 	c.errs = append(c.errs, e)
 }
 
+// count is how many were added, also those that are not kept.
+func (c *collector) count() int { return len(c.errs) + c.more }
+
 // failed reports whether anything was added.
 func (c *collector) failed() bool { return len(c.errs) > 0 }
 

@@ -34,7 +34,7 @@ func (r *Ruleset) Explain(q Request) Explanation {
 		if _, declared := w.Port(q.Port); !declared {
 			x.Note = fmt.Sprintf("%s declares no port %d, so its sidecar refuses it; declared: %s", w.Name, q.Port, portList(w.Ports))
 		}
-	} else if len(r.Workloads()) > 0 {
+	} else if !r.trustDomain().IsZero() {
 		x.Note = "no workload has the ID " + q.Dst.String()
 	}
 	switch {
@@ -108,8 +108,13 @@ func (r *Ruleset) title(id string) string {
 	if i, ok := r.workloadIndex(id); ok {
 		return r.workloads[i].Name
 	}
-	if ws := r.Workloads(); len(ws) > 0 {
-		if path, own := strings.CutPrefix(id, ws[0].ID.TrustDomain().IDString()+"/"); own {
+	for _, w := range r.Templates() {
+		if w.Pattern.String() == id {
+			return w.Name
+		}
+	}
+	if td := r.trustDomain(); !td.IsZero() {
+		if path, own := strings.CutPrefix(id, td.IDString()+"/"); own {
 			return "/" + path
 		}
 	}

@@ -70,11 +70,11 @@ func (c *compiler) byPorts(workloads []int, refs []PortRef) []group {
 	return gs
 }
 
-// exact gives the patterns that match these workloads and nothing else.
+// exact gives the patterns that match the IDs of these workloads and nothing else.
 func (c *compiler) exact(workloads []int) []identity.Pattern {
 	out := make([]identity.Pattern, len(workloads))
 	for n, i := range workloads {
-		out[n] = identity.ExactPattern(c.workloads[i].ID)
+		out[n] = c.workloads[i].pattern()
 	}
 	return out
 }

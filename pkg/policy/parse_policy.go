@@ -176,7 +176,7 @@ func (f *fileReader) selector(n *yaml.Node, what string) (Selector, bool) {
 		case "workload":
 			s.Workload, ok = f.workloadName(v, what+".workload")
 		case "labels":
-			s.Labels = f.labels(v, what+".labels")
+			s.Labels = f.labels(v, what+".labels", nil)
 			ok = len(s.Labels) > 0
 			if v.Kind == yaml.MappingNode && len(v.Content) == 0 {
 				f.fail(at(v), `everyone in this trust domain is {id: "/**"}`, "%s.labels is an empty selector", what)
@@ -208,7 +208,7 @@ func (f *fileReader) idPattern(n *yaml.Node, what string) (string, bool) {
 	case !ok:
 		return "", false
 	case strings.ContainsAny(s, "{}"):
-		f.fail(at(n), "", "templated ids are not supported by this version")
+		f.fail(at(n), "write * for the segment, or select by workload or labels", "%s: a template stands in spec.id of a Workload only", what)
 		return "", false
 	case !strings.HasPrefix(s, "/") && !strings.HasPrefix(s, "spiffe://"):
 		f.fail(at(n), "begin it with / (this trust domain) or spiffe://", "%s: %q is not an ID", what, shorten(s))

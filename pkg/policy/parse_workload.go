@@ -19,8 +19,9 @@ const maxLabels = 64 // of one workload or selector
 // workload parses the spec of a Workload.
 func (f *fileReader) workload(meta object, name string, p pos, n *yaml.Node) {
 	w := Workload{Name: name, Set: f.set.Name, ID: "/" + name, File: f.file, Line: p.line, Col: p.col, id: p}
+	templated := map[string]*yaml.Node{} // :: label → where {…} is its value
 	if ln, ok := meta.fields["labels"]; ok {
-		w.Labels = f.labels(ln, "metadata.labels")
+		w.Labels = f.labels(ln, "metadata.labels", templated)
 	}
 	spec, ok := f.object(n, "spec", schema{"id": known, "attest": known, "ports": known, "endpoints": "remove it: replicas tell where they are"})
 	if !ok {
@@ -32,6 +33,7 @@ func (f *fileReader) workload(meta object, name string, p pos, n *yaml.Node) {
 	if an, ok := spec.fields["attest"]; ok {
 		w.Attest = f.attest(an)
 	}
+	f.checkTemplate(w, templated)
 	if pn, ok := spec.fields["ports"]; ok {
 		w.Ports = f.ports(pn)
 	}
@@ -48,7 +50,7 @@ func (f *fileReader) workloadID(n *yaml.Node) string {
 	case strings.HasPrefix(id, "spiffe://"):
 		f.fail(at(n), "write the path only, as in /shop/payments: the trust domain is the control plane's", "spec.id %q is a full SPIFFE ID", shorten(id))
 	case strings.ContainsAny(id, "{}"):
-		f.fail(at(n), "", "templated ids are not supported by this version")
+		return f.templateID(n, id)
 	case strings.Contains(id, "*"):
 		f.fail(at(n), "", "spec.id %q has a wildcard; a workload has one identity", shorten(id))
 	case id == "":
@@ -65,8 +67,9 @@ func (f *fileReader) workloadID(n *yaml.Node) string {
 	return ""
 }
 
-// labels reads a mapping of text to text.
-func (f *fileReader) labels(n *yaml.Node, what string) map[string]string {
+// labels reads a mapping of text to text. Values may be {selector} where templated
+// is not nil, which then gets them.
+func (f *fileReader) labels(n *yaml.Node, what string, templated map[string]*yaml.Node) map[string]string {
 	if n.Kind != yaml.MappingNode {
 		f.wrongType(n, what, "a mapping")
 		return nil
@@ -88,7 +91,17 @@ func (f *fileReader) labels(n *yaml.Node, what string) map[string]string {
 		case !isLabelText(key):
 			f.fail(at(kn), "", "label key %q: %s", shorten(key), labelText)
 		case strings.ContainsAny(value, "{}"):
-			f.fail(at(vn), "", "templated labels are not supported by this version")
+			_, whole := variable(value)
+			switch _, dup := labels[key]; {
+			case templated == nil:
+				f.fail(at(vn), "write the value itself", "%s.%s: a template stands in metadata.labels of a Workload only", what, key)
+			case !whole:
+				f.fail(at(vn), "write the variable alone, as in {namespace}", "%s.%s: %q is not one whole variable", what, key, shorten(value))
+			case dup:
+				f.fail(at(kn), "", "duplicate key %q", key)
+			default:
+				labels[key], templated[key] = value, vn
+			}
 		case !isLabelText(value):
 			f.fail(at(vn), "", "label value %q: %s", shorten(value), labelText)
 		default:
@@ -105,51 +118,6 @@ const labelText = "want 1 to 63 of a-z, A-Z, 0-9, '-', '_', '.' and '/'"
 
 func isLabelText(s string) bool {
 	return s != "" && len(s) <= 63 && only(strings.ToLower(s), "-_./")
-}
-
-// attest reads the evidence that proves a workload.
-func (f *fileReader) attest(n *yaml.Node) []Attest {
-	items, ok := f.list(n, "spec.attest")
-	if !ok {
-		return nil
-	}
-	var out []Attest
-	for i, item := range items {
-		what := fmt.Sprintf("spec.attest[%d]", i)
-		kind, kn := f.attestKind(item, what)
-		switch {
-		case kind == "":
-		case kind != JoinToken:
-			hint := didYouMean(kind, []string{JoinToken})
-			if hint == "" {
-				hint = "supported: " + JoinToken
-			}
-			f.fail(at(kn), hint, "attest kind %q is not supported by this version", shorten(kind))
-		case len(out) > 0:
-			f.fail(at(kn), "", "duplicate attest kind %q", kind)
-		default:
-			if _, ok := f.object(item, what, schema{"kind": known}); ok {
-				out = append(out, Attest{Kind: kind})
-			}
-		}
-	}
-	return out
-}
-
-// attestKind reads the kind before the other fields, which depend on it.
-func (f *fileReader) attestKind(n *yaml.Node, what string) (string, *yaml.Node) {
-	if n.Kind != yaml.MappingNode {
-		f.wrongType(n, what, "a mapping")
-		return "", nil
-	}
-	for i := 0; i+1 < len(n.Content); i += 2 {
-		if n.Content[i].Value == "kind" {
-			kind, _ := f.text(n.Content[i+1], what+".kind")
-			return kind, n.Content[i+1]
-		}
-	}
-	f.fail(at(n), "", "%s.kind is missing", what)
-	return "", nil
 }
 
 // ports reads the declared ports of a workload.

@@ -42,8 +42,8 @@ type sourceIndex struct {
 }
 
 // Reach gives the IDs of the workloads that src may reach on at least one of
-// their declared ports, ordered. It is empty on a sidecar, which knows no
-// workloads.
+// their declared ports, ordered; of templates, whose IDs nobody can list, none:
+// ask [Ruleset.Opens]. It is empty on a sidecar, which knows no workloads.
 func (r *Ruleset) Reach(src spiffeid.ID) []spiffeid.ID {
 	if r == nil || len(r.workloads) == 0 || src.IsZero() {
 		return nil
@@ -70,6 +70,22 @@ func (r *Ruleset) Reach(src spiffeid.ID) []spiffeid.ID {
 		}
 	}
 	return out
+}
+
+// Opens reports whether src may reach dst, a workload or an ID of a template, on at
+// least one of its declared ports.
+func (r *Ruleset) Opens(src, dst spiffeid.ID) bool {
+	w, ok := r.Workload(dst)
+	if !ok || src.IsZero() {
+		return false
+	}
+	var rules []int32
+	for _, i := range r.rulesTo(dst.String()) {
+		if r.rules[i].from(src) {
+			rules = append(rules, i)
+		}
+	}
+	return r.opens(rules, w.Ports)
 }
 
 // opens reports whether rules allow, and do not deny, some port.

@@ -145,7 +145,7 @@ var genWorkloads = rapid.Custom(func(t *rapid.T) []CompiledWorkload {
 
 // withWorkloads is what Compile makes of rules and workloads.
 func withWorkloads(rules []Rule, workloads []CompiledWorkload) *Ruleset {
-	return newRuleset(slices.Clone(NewRuleset(rules).Rules()), workloads)
+	return newRuleset(slices.Clone(NewRuleset(rules).Rules()), workloads, nil)
 }
 
 func TestReachAgreesWithDecide(t *testing.T) {

@@ -17,7 +17,8 @@ import (
 type Ruleset struct {
 	rules     []Rule             // in canonical order: see compareRules
 	workloads []CompiledWorkload // ordered by ID; nil on a sidecar
-	byName    map[string]int     // :: metadata.name → index of workloads
+	templates []CompiledWorkload // in the order of the sets
+	byName    map[string]int     // :: metadata.name → index of workloads, of templates behind them
 
 	targets []target                // one per distinct To
 	of      []int32                 // :: index of rules → index of targets
@@ -50,7 +51,7 @@ func NewRuleset(rules []Rule) *Ruleset {
 			rules[i].Ports = slices.Sorted(slices.Values(r.Ports))
 		}
 	}
-	r := newRuleset(rules, nil)
+	r := newRuleset(rules, nil, nil)
 	if len(r.dests) == 1 { // a sidecar's own: no request shall wait for its index
 		for _, d := range r.dests {
 			r.prepare(d)
@@ -59,11 +60,12 @@ func NewRuleset(rules []Rule) *Ruleset {
 	return r
 }
 
-// newRuleset takes ownership of rules and workloads, which are ordered by ID.
-func newRuleset(rules []Rule, workloads []CompiledWorkload) *Ruleset {
+// newRuleset takes ownership of rules, of workloads, which are ordered by ID, and
+// of templates.
+func newRuleset(rules []Rule, workloads, templates []CompiledWorkload) *Ruleset {
 	slices.SortFunc(rules, compareRules)
 	r := &Ruleset{
-		rules: rules, workloads: workloads,
+		rules: rules, workloads: workloads, templates: templates,
 		byName: make(map[string]int, len(workloads)),
 		of:     make([]int32, len(rules)),
 		dests:  make(map[string]*destination, len(workloads)),
@@ -71,6 +73,9 @@ func newRuleset(rules []Rule, workloads []CompiledWorkload) *Ruleset {
 	for i, w := range workloads {
 		r.byName[w.Name] = i
 		r.dests[w.ID.String()] = &destination{id: w.ID.String()}
+	}
+	for i, w := range templates {
+		r.byName[w.Name] = len(workloads) + i
 	}
 	seen := map[listKey]int32{} // :: To → index of targets
 	for i, rule := range rules {
@@ -156,8 +161,8 @@ func (r *Ruleset) Rules() []Rule {
 	return r.rules
 }
 
-// Workloads gives every workload, ordered by ID; nil on a sidecar. The caller
-// must not change them.
+// Workloads gives every workload that has one ID, ordered by it; nil on a sidecar.
+// The caller must not change them.
 func (r *Ruleset) Workloads() []CompiledWorkload {
 	if r == nil {
 		return nil
@@ -165,13 +170,38 @@ func (r *Ruleset) Workloads() []CompiledWorkload {
 	return r.workloads
 }
 
-// Workload gives the workload that has this ID.
-func (r *Ruleset) Workload(id spiffeid.ID) (CompiledWorkload, bool) {
-	i, ok := r.workloadIndex(id.String())
-	if !ok {
-		return CompiledWorkload{}, false
+// trustDomain is that of the workloads; zero on a sidecar.
+func (r *Ruleset) trustDomain() spiffeid.TrustDomain {
+	switch {
+	case len(r.Workloads()) > 0:
+		return r.workloads[0].ID.TrustDomain()
+	case len(r.Templates()) > 0:
+		return r.templates[0].Pattern.TrustDomain()
 	}
-	return r.workloads[i], true
+	return spiffeid.TrustDomain{}
+}
+
+// Templates gives every templated workload; nil on a sidecar. The caller must not
+// change them.
+func (r *Ruleset) Templates() []CompiledWorkload {
+	if r == nil {
+		return nil
+	}
+	return r.templates
+}
+
+// Workload gives the workload that has this ID. Of a template it is the one with
+// this very ID and with the labels that it has then.
+func (r *Ruleset) Workload(id spiffeid.ID) (CompiledWorkload, bool) {
+	if i, ok := r.workloadIndex(id.String()); ok {
+		return r.workloads[i], true
+	}
+	for _, w := range r.Templates() {
+		if w.Pattern.Match(id) {
+			return w.at(id), true
+		}
+	}
+	return CompiledWorkload{}, false
 }
 
 func (r *Ruleset) workloadIndex(id string) (int, bool) {
@@ -180,16 +210,19 @@ func (r *Ruleset) workloadIndex(id string) (int, bool) {
 	})
 }
 
-// WorkloadByName gives the workload with this metadata.name.
+// WorkloadByName gives the workload with this metadata.name; a template has no ID.
 func (r *Ruleset) WorkloadByName(name string) (CompiledWorkload, bool) {
 	if r == nil {
 		return CompiledWorkload{}, false
 	}
 	i, ok := r.byName[name]
-	if !ok {
+	switch {
+	case !ok:
 		return CompiledWorkload{}, false
+	case i < len(r.workloads):
+		return r.workloads[i], true
 	}
-	return r.workloads[i], true
+	return r.templates[i-len(r.workloads)], true
 }
 
 // For gives the slice that the sidecar of self needs: the rules whose To matches
@@ -198,7 +231,7 @@ func (r *Ruleset) WorkloadByName(name string) (CompiledWorkload, bool) {
 // of the rules it returns.
 func (r *Ruleset) For(self spiffeid.ID) *Ruleset {
 	if r == nil || self.IsZero() {
-		return newRuleset(nil, nil)
+		return newRuleset(nil, nil, nil)
 	}
 	indexes := r.rulesTo(self.String())
 	rules := make([]Rule, len(indexes))
@@ -207,7 +240,7 @@ func (r *Ruleset) For(self spiffeid.ID) *Ruleset {
 		rules[n] = r.rules[i]
 		rules[n].To = to
 	}
-	return newRuleset(rules, nil)
+	return newRuleset(rules, nil, nil)
 }
 
 // rulesTo gives the indexes of the rules whose To matches id, ascending.

@@ -81,8 +81,8 @@ func (t *testRun) ask(c Case) {
 
 // workload gives the destination of a case.
 func (t *testRun) workload(ref string) (CompiledWorkload, bool) {
-	if ws := t.rs.Workloads(); len(ws) > 0 {
-		if id, problem := refID(ws[0].ID.TrustDomain(), ref, t.rs.nameToID); problem == "" {
+	if td := t.rs.trustDomain(); !td.IsZero() {
+		if id, problem := refID(td, ref, t.rs.nameToID); problem == "" {
 			return t.rs.Workload(id)
 		}
 	}

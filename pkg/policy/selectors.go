@@ -38,6 +38,9 @@ func (c *compiler) selectTo(s *Set, p Policy) (destinations, bool) {
 	d.pattern = pattern
 	if id, exact := pattern.Exact(); exact {
 		i, known := c.byID[id.String()]
+		if ts := c.matchTemplates(pattern); !known && len(ts) == 1 {
+			i, known = ts[0], true
+		}
 		if !known {
 			c.errs.add(s.mistake(&c.errs, p.File, sel.pos, c.suggestID(id.Path()), fmt.Sprintf("no workload has the ID %s", shorten(sel.ID))))
 			return d, false
@@ -45,11 +48,12 @@ func (c *compiler) selectTo(s *Set, p Policy) (destinations, bool) {
 		d.workloads = []int{i}
 		return d, true
 	}
-	for i, w := range c.workloads {
+	for i, w := range c.workloads[:c.exactN] {
 		if pattern.Match(w.ID) {
 			d.workloads = append(d.workloads, i)
 		}
 	}
+	d.workloads = append(d.workloads, c.matchTemplates(pattern)...)
 	return d, true
 }
 
@@ -75,7 +79,7 @@ func (c *compiler) selectFrom(s *Set, p Policy, e Entry) ([]identity.Pattern, bo
 		workloads, good := c.selectWorkloads(s, p.File, sel)
 		ok = ok && good
 		for _, i := range workloads {
-			out = append(out, identity.ExactPattern(c.workloads[i].ID))
+			out = append(out, c.workloads[i].pattern())
 		}
 	}
 	if !ok {
@@ -108,6 +112,7 @@ func (c *compiler) selectWorkloads(s *Set, file string, sel Selector) ([]int, bo
 			return !in
 		})
 	}
+	out = append(slices.Clone(out), c.selectTemplates(sel.Labels)...)
 	if len(out) == 0 {
 		c.errs.add(s.mistake(&c.errs, file, sel.pos, c.suggestLabel(sel), fmt.Sprintf("no workload has the labels %s", sel.labelText())))
 		return nil, false
@@ -158,7 +163,7 @@ func (s Selector) labelText() string {
 // suggestWorkload suggests a workload's name. Hints are not worth computing for
 // mistakes that nobody will see.
 func (c *compiler) suggestWorkload(name string) string {
-	if c.errs.full() {
+	if _, known := c.byName[name]; known || c.errs.full() {
 		return ""
 	}
 	return didYouMean(name, slices.Sorted(maps.Keys(c.byName)))

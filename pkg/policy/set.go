@@ -2,6 +2,8 @@ package policy
 
 import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
 // Limits of what a user may write. They keep a mistake (or a hostile file) from
@@ -32,8 +34,8 @@ type Set struct {
 type Workload struct {
 	Name   string            // metadata.name, a DNS label
 	Set    string            // "" is the root set
-	ID     string            // path of its SPIFFE ID; "/<name>" unless written
-	Labels map[string]string // what selectors match
+	ID     string            // path of its SPIFFE ID, "/<name>" unless written; a template's has {selector} for segments
+	Labels map[string]string // what selectors match; a template's may be {selector}
 	Attest []Attest          // any one proves it; none: it cannot enrol
 	Ports  []Port            // in the order written
 	File   string            // path below the policy folder, with slashes
@@ -42,16 +44,6 @@ type Workload struct {
 
 	id pos // of spec.id where written, else of metadata.name
 }
-
-// Attest is one kind of evidence that proves a workload.
-type Attest struct {
-	Kind string // [JoinToken] is the only one of this version
-}
-
-// JoinToken is the evidence kind of a single-use token made by the operator for
-// one workload. As the token names its workload, no two workloads can be proved
-// by the same one.
-const JoinToken = "join-token"
 
 // Policy says who may, and who must not, reach the workloads that To selects.
 type Policy struct {
@@ -121,7 +113,10 @@ type Case struct {
 // CompiledWorkload is a Workload with its full identity.
 type CompiledWorkload struct {
 	Workload
-	ID spiffeid.ID
+	ID spiffeid.ID // of a template: zero, or the one that was asked for
+
+	Template bool             // the identity is filled in from evidence: see Resolve
+	Pattern  identity.Pattern // of a template: the IDs that there can be
 }
 
 // Port gives the declared port that has this number.
