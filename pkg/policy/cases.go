@@ -20,6 +20,8 @@ func (c *compiler) test(s *Set, t PolicyTest) {
 		if err == "" && !known {
 			if ts := c.matchTemplates(identity.ExactPattern(id)); len(ts) == 1 {
 				i, known = ts[0], true
+			} else if ws := c.matchForeign(identity.ExactPattern(id)); len(ws) == 1 {
+				i, known = ws[0], true
 			}
 		}
 		switch {

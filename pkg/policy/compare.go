@@ -1,12 +1,10 @@
 package policy
 
 import (
-	"cmp"
 	"hash/maphash"
 	"maps"
 	"slices"
 	"strconv"
-	"strings"
 
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
@@ -25,11 +23,17 @@ func Compare(before, after *Ruleset) Diff {
 		for _, w := range r.Workloads() {
 			ids[w.ID.String()] = struct{}{}
 		}
+		for _, d := range r.TrustDomains() {
+			for _, w := range d.Workloads {
+				ids[w.ID.String()] = struct{}{}
+			}
+		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(ids)) {
 		c.destination(id, c.title(id))
 	}
 	c.templates()
+	c.domains()
 	return c.diff
 }
 
@@ -58,6 +62,9 @@ func newSide(rs *Ruleset, id string) side {
 		if parseVector(w.Pattern.String()).covers(parseVector(id)) {
 			s.workload, s.exists = w, true
 		}
+	}
+	if w, ok := rs.foreign(id); ok {
+		s.workload, s.exists = w, true
 	}
 	if s.exists {
 		s.rules = rs.rulesTo(id)
@@ -291,117 +298,4 @@ func (c *comparison) title(id string) string {
 		}
 	}
 	return c.after.title(id)
-}
-
-// workloads compares the workloads themselves, by ID.
-func (c *comparison) workloads() {
-	for _, w := range c.after.Workloads() {
-		old, ok := c.before.Workload(w.ID)
-		if !ok {
-			c.diff.adds = true
-			c.diff.workload("+ workload %s (%s)", w.Name, w.ID.Path())
-			continue
-		}
-		if changes := c.changes(old, w); len(changes) > 0 {
-			c.diff.workload("~ workload %s: %s", w.Name, strings.Join(changes, "; "))
-		}
-	}
-	for _, w := range c.before.Workloads() {
-		if _, ok := c.after.Workload(w.ID); !ok {
-			c.diff.workload("- workload %s (%s)", w.Name, w.ID.Path())
-		}
-	}
-	for _, w := range c.after.Templates() {
-		old, ok := c.before.template(w.Workload.ID)
-		if !ok {
-			c.diff.adds = true
-			c.diff.workload("+ workload %s (%s)", w.Name, w.Workload.ID)
-			continue
-		}
-		if changes := c.changes(old, w); len(changes) > 0 {
-			c.diff.workload("~ workload %s: %s", w.Name, strings.Join(changes, "; "))
-		}
-	}
-	for _, w := range c.before.Templates() {
-		if _, ok := c.after.template(w.Workload.ID); !ok {
-			c.diff.workload("- workload %s (%s)", w.Name, w.Workload.ID)
-		}
-	}
-}
-
-// template gives the template that is written with this id.
-func (r *Ruleset) template(id string) (CompiledWorkload, bool) {
-	for _, w := range r.Templates() {
-		if w.Workload.ID == id {
-			return w, true
-		}
-	}
-	return CompiledWorkload{}, false
-}
-
-// changes lists what differs between two versions of a workload.
-func (c *comparison) changes(old, now CompiledWorkload) []string {
-	var out []string
-	list := func(what string, was, is []string) (added bool) {
-		var diff []string
-		for _, s := range is {
-			if !slices.Contains(was, s) {
-				diff, added = append(diff, "+"+s), true
-			}
-		}
-		for _, s := range was {
-			if !slices.Contains(is, s) {
-				diff = append(diff, "-"+s)
-			}
-		}
-		if len(diff) > 0 {
-			out = append(out, what+" "+strings.Join(diff, ", "))
-		}
-		return added
-	}
-	if old.Name != now.Name {
-		out = append(out, "was called "+old.Name)
-		c.diff.adds = true
-	}
-	if list("attest", old.evidence(), now.evidence()) {
-		c.diff.adds = true
-	}
-	list("labels", old.labelList(), now.labelList())
-	list("ports", old.portTexts(), now.portTexts())
-	return out
-}
-
-func (w Workload) evidence() []string {
-	out := make([]string, len(w.Attest))
-	for i, a := range w.Attest {
-		out[i] = a.String()
-	}
-	return out
-}
-
-func (w Workload) labelList() []string {
-	out := make([]string, 0, len(w.Labels))
-	for _, k := range slices.Sorted(maps.Keys(w.Labels)) {
-		out = append(out, k+": "+w.Labels[k])
-	}
-	return out
-}
-
-func (w Workload) portTexts() []string {
-	out := make([]string, len(w.Ports))
-	for i, p := range w.Ports {
-		out[i] = p.Name + " (" + strconv.Itoa(int(p.Number)) + " " + string(p.Protocol) + ")"
-	}
-	return out
-}
-
-// unionPorts gives the ports of both, by number; a name from a wins.
-func unionPorts(b, a []Port) []Port {
-	byNumber := map[uint16]Port{}
-	for _, ports := range [][]Port{b, a} {
-		for _, p := range ports {
-			byNumber[p.Number] = p
-		}
-	}
-	return slices.SortedFunc(maps.Values(byNumber), func(x, y Port) int { return cmp.Compare(x.Number, y.Number) })
 }

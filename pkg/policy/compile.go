@@ -20,7 +20,7 @@ func Compile(td spiffeid.TrustDomain, sets []*Set) (*Ruleset, error) {
 	c := compiler{
 		td: td, sets: sets,
 		from: map[string][]identity.Pattern{}, to: map[string]destinations{}, split: map[string][]group{},
-		narrow: map[string]int{},
+		narrow: map[string]int{}, abroad: map[string]int{},
 	}
 	for i := range sets[min(1, len(sets)):] {
 		if sets[i].Name == sets[i+1].Name {
@@ -28,6 +28,7 @@ func Compile(td spiffeid.TrustDomain, sets []*Set) (*Ruleset, error) {
 		}
 	}
 	checkDuplicates(sets, &c.errs)
+	c.addDomains()
 	c.addWorkloads()
 	c.checkEvidence()
 	if len(c.workloads) == 0 && !c.errs.failed() {
@@ -45,7 +46,9 @@ func Compile(td spiffeid.TrustDomain, sets []*Set) (*Ruleset, error) {
 	if err := c.errs.err(); err != nil {
 		return nil, err
 	}
-	return newRuleset(c.rules, c.workloads[:c.exactN], c.workloads[c.exactN:c.realN]), nil
+	rs := newRuleset(c.rules, c.workloads[:c.exactN:c.exactN], c.workloads[c.exactN:c.realN:c.realN])
+	rs.domains = c.domains
+	return rs, nil
 }
 
 // checkDuplicates reports resources of one kind with the same name.
@@ -78,6 +81,9 @@ func checkDuplicates(sets []*Set, errs *collector) {
 		}
 		for _, p := range s.Policies {
 			check(s, "Policy", p.Name, p.File, pos{p.Line, p.Col})
+		}
+		for _, d := range s.TrustDomains {
+			check(s, "TrustDomain", d.Name, d.File, pos{d.Line, d.Col})
 		}
 		for _, t := range s.Tests {
 			check(s, "PolicyTest", t.Name, t.File, pos{t.Line, t.Col})
@@ -114,6 +120,8 @@ type compiler struct {
 	exactN    int                           // so many of workloads have one ID, then come the templates …
 	realN     int                           // … and from here on templates with some of their IDs
 	narrow    map[string]int                // :: template and pattern → index of workloads
+	domains   []TrustDomain                 // by name
+	abroad    map[string]int                // :: foreign SPIFFE ID → index of workloads
 	from      map[string][]identity.Pattern // :: text of a from list → what it means
 	to        map[string]destinations       // :: text of a to → what it means
 	split     map[string][]group            // :: text of a to and ports → what they mean

@@ -98,6 +98,8 @@ func (f *fileReader) document(n *yaml.Node) {
 		f.policy(name, p, sn)
 	case "PolicyTest":
 		f.policyTest(name, p, sn)
+	case "TrustDomain":
+		f.trustDomain(name, p, sn)
 	}
 }
 
@@ -121,14 +123,14 @@ func (f *fileReader) resourceName(meta object) (string, pos) {
 // with it otherwise.
 func (f *fileReader) knownKind(kind string, n *yaml.Node) bool {
 	switch kind {
-	case "Workload", "Policy", "PolicyTest":
+	case "Workload", "Policy", "PolicyTest", "TrustDomain":
 		return true
-	case "Invariant", "Scope", "Defaults", "External", "TrustDomain":
+	case "Invariant", "Scope", "Defaults", "External":
 		f.fail(at(n), "", "kind %s is not supported by this version", kind)
 	case "Mesh":
 		f.fail(at(n), "keep it in mesh.yaml, outside the policy folder", "kind Mesh is read by `sallyport up`; it is not a policy resource")
 	default:
-		known := []string{"Workload", "Policy", "PolicyTest"}
+		known := []string{"Workload", "Policy", "PolicyTest", "TrustDomain"}
 		hint := didYouMean(kind, known)
 		if hint == "" {
 			hint = "known kinds: " + strings.Join(known, ", ")

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.yaml.in/yaml/v4"
@@ -23,7 +24,7 @@ func (f *fileReader) workload(meta object, name string, p pos, n *yaml.Node) {
 	if ln, ok := meta.fields["labels"]; ok {
 		w.Labels = f.labels(ln, "metadata.labels", templated)
 	}
-	spec, ok := f.object(n, "spec", schema{"id": known, "attest": known, "ports": known, "endpoints": "remove it: replicas tell where they are"})
+	spec, ok := f.object(n, "spec", schema{"id": known, "attest": known, "ports": known, "maxStale": known, "endpoints": "remove it: replicas tell where they are"})
 	if !ok {
 		return
 	}
@@ -34,8 +35,11 @@ func (f *fileReader) workload(meta object, name string, p pos, n *yaml.Node) {
 		w.Attest = f.attest(an)
 	}
 	f.checkTemplate(w, templated)
+	if mn, ok := spec.fields["maxStale"]; ok {
+		w.MaxStale = f.maxStale(mn)
+	}
 	if pn, ok := spec.fields["ports"]; ok {
-		w.Ports = f.ports(pn)
+		w.Ports = f.ports(pn, "spec.ports")
 	}
 	f.set.Workloads = append(f.set.Workloads, w)
 }
@@ -121,19 +125,19 @@ func isLabelText(s string) bool {
 }
 
 // ports reads the declared ports of a workload.
-func (f *fileReader) ports(n *yaml.Node) []Port {
-	items, ok := f.list(n, "spec.ports")
+func (f *fileReader) ports(n *yaml.Node, what string) []Port {
+	items, ok := f.list(n, what)
 	if !ok {
 		return nil
 	}
 	if len(items) > MaxPorts {
-		f.fail(at(n), "", "spec.ports declares more than %d ports", MaxPorts)
+		f.fail(at(n), "", "%s declares more than %d ports", what, MaxPorts)
 		return nil
 	}
 	names, numbers := map[string]int{}, map[uint16]int{} // :: → line
 	var out []Port
 	for i, item := range items {
-		port, ok := f.port(item, fmt.Sprintf("spec.ports[%d]", i), names, numbers)
+		port, ok := f.port(item, fmt.Sprintf("%s[%d]", what, i), names, numbers)
 		if ok {
 			out = append(out, port)
 		}
@@ -215,4 +219,41 @@ func checkPattern(s string) error {
 		return errors.New("names a trust domain, not an identity")
 	}
 	return nil
+}
+
+// Bounds of maxStale.after.
+const (
+	minStale = 10 * time.Second
+	topStale = 30 * 24 * time.Hour
+)
+
+func (f *fileReader) maxStale(n *yaml.Node) MaxStale {
+	o, ok := f.object(n, "spec.maxStale", schema{"after": known, "then": known})
+	if !ok {
+		return MaxStale{}
+	}
+	text, an, ok1 := o.text("after")
+	then, tn, ok2 := o.text("then")
+	if !ok1 || !ok2 {
+		return MaxStale{}
+	}
+	d, err := time.ParseDuration(text)
+	if err != nil || d < minStale || d > topStale {
+		f.fail(at(an), "write a time as in 90s, 30m or 2h", "spec.maxStale.after: %q is not a time between %v and %v", shorten(text), minStale, topStale)
+	}
+	if then != "hold" && then != "refuse" {
+		f.fail(at(tn), didYouMean(then, []string{"hold", "refuse"}), "spec.maxStale.then: %q; want hold or refuse", shorten(then))
+	}
+	return MaxStale{After: d, Refuse: then == "refuse"}
+}
+
+// String gives the form that is written.
+func (m MaxStale) String() string {
+	switch {
+	case m.After == 0:
+		return "none"
+	case m.Refuse:
+		return fmt.Sprintf("after %v refuse", m.After)
+	}
+	return fmt.Sprintf("after %v hold", m.After)
 }

@@ -42,7 +42,7 @@ type sourceIndex struct {
 }
 
 // Reach gives the IDs of the workloads that src may reach on at least one of
-// their declared ports, ordered; of templates, whose IDs nobody can list, none:
+// their declared ports: own ones, ordered, then foreign ones; of templates, whose IDs nobody can list, none:
 // ask [Ruleset.Opens]. It is empty on a sidecar, which knows no workloads.
 func (r *Ruleset) Reach(src spiffeid.ID) []spiffeid.ID {
 	if r == nil || len(r.workloads) == 0 || src.IsZero() {
@@ -69,13 +69,20 @@ func (r *Ruleset) Reach(src spiffeid.ID) []spiffeid.ID {
 			out = append(out, r.workloads[w].ID)
 		}
 	}
+	for _, d := range r.domains {
+		for _, w := range d.Workloads {
+			if r.Opens(src, w.ID) {
+				out = append(out, w.ID)
+			}
+		}
+	}
 	return out
 }
 
 // Opens reports whether src may reach dst, a workload or an ID of a template, on at
 // least one of its declared ports.
 func (r *Ruleset) Opens(src, dst spiffeid.ID) bool {
-	w, ok := r.Workload(dst)
+	w, ok := r.destination(dst)
 	if !ok || src.IsZero() {
 		return false
 	}

@@ -18,6 +18,7 @@ type Ruleset struct {
 	rules     []Rule             // in canonical order: see compareRules
 	workloads []CompiledWorkload // ordered by ID; nil on a sidecar
 	templates []CompiledWorkload // in the order of the sets
+	domains   []TrustDomain      // foreign ones, by name
 	byName    map[string]int     // :: metadata.name → index of workloads, of templates behind them
 
 	targets []target                // one per distinct To

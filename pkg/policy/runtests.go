@@ -53,7 +53,7 @@ func (t *testRun) ask(c Case) {
 		t.fail(c, "", fmt.Sprintf("unknown workload %q", shorten(c.To)))
 		return
 	}
-	src, problem := refID(dst.ID.TrustDomain(), c.From, t.rs.nameToID)
+	src, problem := refID(t.rs.trustDomain(), c.From, t.rs.nameToID)
 	if problem != "" {
 		t.fail(c, "", problem)
 		return
@@ -83,7 +83,7 @@ func (t *testRun) ask(c Case) {
 func (t *testRun) workload(ref string) (CompiledWorkload, bool) {
 	if td := t.rs.trustDomain(); !td.IsZero() {
 		if id, problem := refID(td, ref, t.rs.nameToID); problem == "" {
-			return t.rs.Workload(id)
+			return t.rs.destination(id)
 		}
 	}
 	return CompiledWorkload{}, false

@@ -31,9 +31,8 @@ func (c *compiler) selectTo(s *Set, p Policy) (destinations, bool) {
 		return d, false
 	}
 	if pattern.TrustDomain() != c.td {
-		c.errs.add(s.mistake(&c.errs, p.File, sel.pos, "a foreign ID can only stand under from",
-			fmt.Sprintf("spec.to: %s is not in trust domain %s", shorten(sel.ID), c.td.Name())))
-		return d, false
+		d.workloads = c.selectForeign(s, p, pattern)
+		return d, len(d.workloads) > 0
 	}
 	d.pattern = pattern
 	if id, exact := pattern.Exact(); exact {
@@ -131,7 +130,7 @@ func (c *compiler) pattern(s *Set, file string, sel Selector) (identity.Pattern,
 		c.errs.add(s.mistake(&c.errs, file, sel.pos, "", err.Error()))
 		return p, false
 	}
-	return p, true
+	return p, c.knownDomain(s, file, sel, p)
 }
 
 // sortPatterns orders patterns by text and drops repetitions.

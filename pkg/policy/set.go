@@ -1,6 +1,8 @@
 package policy
 
 import (
+	"time"
+
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
@@ -26,6 +28,8 @@ type Set struct {
 	Workloads []Workload
 	Policies  []Policy
 	Tests     []PolicyTest
+	// TrustDomains are in the root set only.
+	TrustDomains []TrustDomain
 
 	sources map[string][]byte // :: reported file path → content, for snippets
 }
@@ -38,11 +42,21 @@ type Workload struct {
 	Labels map[string]string // what selectors match; a template's may be {selector}
 	Attest []Attest          // any one proves it; none: it cannot enrol
 	Ports  []Port            // in the order written
-	File   string            // path below the policy folder, with slashes
-	Line   int               // of metadata.name, from 1
-	Col    int               // in characters, from 1
+	// MaxStale is what becomes of callers while revocations may be unknown.
+	MaxStale MaxStale
+	File     string // path below the policy folder, with slashes
+	Line     int    // of metadata.name, from 1
+	Col      int    // in characters, from 1
 
 	id pos // of spec.id where written, else of metadata.name
+}
+
+// MaxStale bounds how old a workload's revocation list may become while its
+// sidecar is cut off from the control plane and from all neighbours. The zero
+// value goes on for ever, with an alarm.
+type MaxStale struct {
+	After  time.Duration // 0: never
+	Refuse bool          // new connections are refused then; else they are only alarmed about
 }
 
 // Policy says who may, and who must not, reach the workloads that To selects.
