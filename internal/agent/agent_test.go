@@ -628,7 +628,7 @@ func TestC8AnotherWorkloadIsNoControlPlane(t *testing.T) {
 	a, stop := start(t, cp.config(cp.token("payments"), dir))
 	stop()
 	token := cp.token("orders")
-	root := cp.ca.Bundle()[0]
+	root := cp.ca.X509Roots()[0]
 	var live identity.Live
 	svid, err := a.Source().GetX509SVID()
 	require.NoError(t, err)

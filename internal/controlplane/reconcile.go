@@ -2,7 +2,6 @@ package controlplane
 
 import (
 	"context"
-	"crypto/x509"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -21,8 +20,8 @@ import (
 type inputs struct {
 	catalog   catalog.State
 	endpoints table
-	roots     []*x509.Certificate
-	have      struct{ catalog, endpoints, roots bool }
+	bundle    *spiffebundle.Bundle // of the own trust domain
+	have      struct{ catalog, endpoints, bundle bool }
 }
 
 // reconciler turns catalogue, endpoints and trust bundle into the snapshot that
@@ -63,8 +62,8 @@ func (r *reconciler) setEndpoints(t table) {
 	r.update(func(in *inputs) { in.endpoints, in.have.endpoints = t, true })
 }
 
-func (r *reconciler) setRoots(roots []*x509.Certificate) {
-	r.update(func(in *inputs) { in.roots, in.have.roots = roots, true })
+func (r *reconciler) setBundle(b *spiffebundle.Bundle) {
+	r.update(func(in *inputs) { in.bundle, in.have.bundle = b, true })
 }
 
 // current is the state in force; nil before the first snapshot.
@@ -89,7 +88,7 @@ func (r *reconciler) run(ctx context.Context) error {
 		r.mu.Lock()
 		in := r.in
 		r.mu.Unlock()
-		if !in.have.catalog || !in.have.endpoints || !in.have.roots {
+		if !in.have.catalog || !in.have.endpoints || !in.have.bundle {
 			continue
 		}
 		if old := r.state.Load(); old == nil || old.Rules != in.catalog.Rules {
@@ -110,7 +109,7 @@ func (r *reconciler) snapshot(in inputs) *xds.Snapshot {
 		Rev:      xds.Revision(in.catalog.Rev),
 		Rules:    in.catalog.Rules,
 		Services: services,
-		Bundles:  identity.Bundles{r.trustDomain: spiffebundle.FromX509Authorities(r.trustDomain, in.roots)},
+		Bundles:  identity.Bundles{r.trustDomain: in.bundle},
 	}
 }
 

@@ -2,12 +2,12 @@ package controlplane
 
 import (
 	"context"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/keepalive"
@@ -69,7 +69,7 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 		"registry":   c.registry.Run,
 		"reconciler": c.reconciler.run,
 		"bundle": func(ctx context.Context) error {
-			return c.ca.WatchBundle(ctx, func(roots []*x509.Certificate) error { c.reconciler.setRoots(roots); return nil })
+			return c.ca.WatchBundle(ctx, func(b *spiffebundle.Bundle) error { c.reconciler.setBundle(b); return nil })
 		},
 		"catalogue": c.watchCatalog,
 		"endpoints": func(ctx context.Context) error { return c.endpoints.watch(ctx, c.reconciler.setEndpoints) },
@@ -170,7 +170,7 @@ func problem(c *catalog.Catalog) error {
 func (c *ControlPlane) authorities() []*sallyportv1.Authority {
 	var out []*sallyportv1.Authority
 	for _, a := range c.ca.Authorities() {
-		out = append(out, &sallyportv1.Authority{Subject: a.Subject, State: a.State, NotAfter: timestamppb.New(a.NotAfter)})
+		out = append(out, &sallyportv1.Authority{Kind: a.Kind, Subject: a.Subject, State: a.State, KeyHash: a.KeyHash, NotAfter: timestamppb.New(a.NotAfter)})
 	}
 	return out
 }

@@ -106,7 +106,7 @@ func withPeer(ctx context.Context) context.Context {
 func (s *server) client(t *testing.T, svid *x509svid.SVID) sallyportv1.EnrollmentClient {
 	t.Helper()
 	var live identity.Live
-	live.SetBundles(identity.Bundles{td: spiffebundle.FromX509Authorities(td, s.ca.Bundle())})
+	live.SetBundles(identity.Bundles{td: spiffebundle.FromX509Authorities(td, s.ca.X509Roots())})
 	live.SetSVID(svid)
 	cfg := identity.TLSConfig{Source: &live, Now: s.now, OptionalClient: true}
 	want := identity.ExactPattern(spiffeid.RequireFromPath(td, identity.ControlPlanePath))

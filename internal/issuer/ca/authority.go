@@ -13,16 +13,15 @@ import (
 )
 
 // made is when a certificate of ours was signed, to the second.
-func made(cert *x509.Certificate) time.Time { return cert.NotBefore.Add(backdate) }
+func made(cert *x509.Certificate) time.Time { return cert.NotBefore.Add(Backdate) }
 
 // life is how long a certificate of ours lives from when it was signed.
 func life(cert *x509.Certificate) time.Duration { return cert.NotAfter.Sub(made(cert)) }
 
-// rootName names a root in key folder and store: by its key, so that no two
-// roots can have the same name.
-func rootName(cert *x509.Certificate) string {
+// keyHash is the SHA-256 of a certificate's key, in hex.
+func keyHash(cert *x509.Certificate) string {
 	sum := sha256.Sum256(cert.RawSubjectPublicKeyInfo)
-	return "root-" + hex.EncodeToString(sum[:8])
+	return hex.EncodeToString(sum[:])
 }
 
 // newRoot makes a self-signed root with a new key. It writes nothing.

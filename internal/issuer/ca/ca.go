@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/sallyport-mesh/sallyport/internal/store"
@@ -45,6 +46,14 @@ type Config struct {
 	// RootTTL, IntermediateTTL and SVIDTTL are lifetimes. Each must be at least
 	// six times the next. Zero: 10 years, 90 days, 24 hours.
 	RootTTL, IntermediateTTL, SVIDTTL time.Duration
+	// JWTKeyTTL is how long a JWT signing key lives, from publication to
+	// withdrawal: at least an hour. Zero: 30 days.
+	JWTKeyTTL time.Duration
+	// JWTIssuer is the iss claim of JWT-SVIDs, a URL; empty: none.
+	JWTIssuer string
+	// TaintGrace is how long a tainted root stays in the bundle, for everybody to
+	// renew. Zero: 30 s.
+	TaintGrace time.Duration
 
 	Now func() time.Time // nil: time.Now
 	Log hclog.Logger     // nil: discard
@@ -54,11 +63,15 @@ const (
 	defaultRootTTL         = 10 * 365 * 24 * time.Hour
 	defaultIntermediateTTL = 90 * 24 * time.Hour
 	defaultSVIDTTL         = 24 * time.Hour
+	defaultJWTKeyTTL       = 30 * 24 * time.Hour
+	minJWTKeyTTL           = time.Hour
+	defaultTaintGrace      = 30 * time.Second
+	maxRefreshHint         = 5 * time.Minute
 
-	// backdate is how far a certificate's NotBefore lies in the past, for peers
+	// Backdate is how far a certificate's NotBefore lies in the past, for peers
 	// whose clocks are a little slow. Certificates have whole seconds, so the
-	// distance is between backdate and backdate plus one second.
-	backdate = 29 * time.Second
+	// distance is between Backdate and Backdate plus one second.
+	Backdate = 29 * time.Second
 )
 
 var replicaName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$`)
@@ -67,6 +80,8 @@ func (cfg Config) withDefaults() Config {
 	setDefault(&cfg.RootTTL, defaultRootTTL)
 	setDefault(&cfg.IntermediateTTL, defaultIntermediateTTL)
 	setDefault(&cfg.SVIDTTL, defaultSVIDTTL)
+	setDefault(&cfg.JWTKeyTTL, defaultJWTKeyTTL)
+	setDefault(&cfg.TaintGrace, defaultTaintGrace)
 	setDefault(&cfg.Replica, "0")
 	if cfg.Now == nil {
 		cfg.Now = time.Now
@@ -94,6 +109,8 @@ func (cfg Config) validate() error {
 		return fmt.Errorf("opening the CA: SVIDs must live at least 1s, not %v", cfg.SVIDTTL)
 	case cfg.IntermediateTTL < 6*cfg.SVIDTTL:
 		return fmt.Errorf("opening the CA: intermediates must live at least six times as long as SVIDs (%v), not %v", cfg.SVIDTTL, cfg.IntermediateTTL)
+	case cfg.JWTKeyTTL < minJWTKeyTTL:
+		return fmt.Errorf("opening the CA: JWT keys must live at least %v, not %v", minJWTKeyTTL, cfg.JWTKeyTTL)
 	case cfg.RootTTL < 6*cfg.IntermediateTTL:
 		return fmt.Errorf("opening the CA: roots must live at least six times as long as intermediates (%v), not %v", cfg.IntermediateTTL, cfg.RootTTL)
 	}
@@ -118,8 +135,13 @@ type CA struct {
 type state struct {
 	roots      []*root // unexpired, in the order they were published; never empty
 	active     *root
-	signer     *authority    // this replica's intermediate
-	superseded chan struct{} // closed when a newer state has been set
+	signer     *authority // this replica's intermediate
+	jwt        []*root    // JWT keys, as roots
+	jwtActive  *root
+	tainted    []Tainted
+	sequence   uint64               // of the bundle
+	published  *spiffebundle.Bundle // of roots and jwt
+	superseded chan struct{}        // closed when a newer state has been set
 }
 
 // Open loads the CA, making keys and certificates on first start. Its errors are
@@ -143,9 +165,14 @@ func Open(ctx context.Context, cfg Config) (*CA, error) {
 // TrustDomain is the one that the data was made for.
 func (c *CA) TrustDomain() spiffeid.TrustDomain { return c.td }
 
-// Bundle returns the roots to trust, oldest first: active, next and retiring
+// X509Roots returns the roots to trust, oldest first: active, next and retiring
 // ones. The caller must not change them.
-func (c *CA) Bundle() []*x509.Certificate { return c.state.Load().bundle() }
+func (c *CA) X509Roots() []*x509.Certificate { return c.state.Load().bundle() }
+
+// Bundle returns what to trust: roots and JWT keys, with a sequence number that
+// grows with every change of the content (SPIFFE Trust Domain and Bundle 4.1.1)
+// and a refresh hint. The caller must not change it.
+func (c *CA) Bundle() *spiffebundle.Bundle { return c.state.Load().published }
 
 func (s *state) bundle() []*x509.Certificate {
 	certs := make([]*x509.Certificate, len(s.roots))
@@ -164,15 +191,15 @@ func (c *CA) RootHash() [sha256.Size]byte {
 // WatchBundle calls fn with the current bundle at once and then with each new
 // one, until ctx ends or fn fails; it returns that error. A slow fn sees only the
 // newest.
-func (c *CA) WatchBundle(ctx context.Context, fn func([]*x509.Certificate) error) error {
-	var last []*x509.Certificate
+func (c *CA) WatchBundle(ctx context.Context, fn func(*spiffebundle.Bundle) error) error {
+	var last *spiffebundle.Bundle
 	for {
 		s := c.state.Load()
-		if b := s.bundle(); last == nil || !sameCerts(last, b) {
-			if err := fn(b); err != nil {
+		if last == nil || !last.Equal(s.published) {
+			if err := fn(s.published); err != nil {
 				return err
 			}
-			last = b
+			last = s.published
 		}
 		select {
 		case <-ctx.Done():
@@ -194,26 +221,38 @@ func sameCerts(a, b []*x509.Certificate) bool {
 	return true
 }
 
-// Authority is one signing certificate, for status output.
+// Authority is one signing key, for status output.
 type Authority struct {
-	Subject  string
-	State    string // next, active or retiring
+	Kind     string // root, intermediate or jwt
+	Subject  string // of a JWT key: its key id
+	State    string // next, active, retiring or tainted
+	KeyHash  string // SHA-256 of the SubjectPublicKeyInfo, lower-case hex
 	NotAfter time.Time
 }
 
-// Authorities lists the roots and this replica's intermediate.
+// Authorities lists the roots, this replica's intermediate and the JWT keys.
 func (c *CA) Authorities() []Authority {
 	s := c.state.Load()
+	list := s.authorities("root", s.roots, s.active)
+	list = append(list, Authority{"intermediate", s.signer.cert.Subject.CommonName, "active", keyHash(s.signer.cert), s.signer.cert.NotAfter})
+	return append(list, s.authorities("jwt", s.jwt, s.jwtActive)...)
+}
+
+func (s *state) authorities(kind string, all []*root, active *root) []Authority {
 	var list []Authority
-	name := "retiring"
-	for _, r := range s.roots {
+	phase := "retiring"
+	for _, r := range all {
 		switch {
-		case r == s.active:
-			name = "active"
-		case name != "retiring":
-			name = "next"
+		case r == active:
+			phase = "active"
+		case phase != "retiring":
+			phase = "next"
 		}
-		list = append(list, Authority{r.cert.Subject.CommonName, name, r.cert.NotAfter})
+		a := Authority{kind, r.cert.Subject.CommonName, phase, keyHash(r.cert), r.cert.NotAfter}
+		if !r.taintedAt.IsZero() {
+			a.State = "tainted"
+		}
+		list = append(list, a)
 	}
-	return append(list, Authority{s.signer.cert.Subject.CommonName, "active", s.signer.cert.NotAfter})
+	return list
 }

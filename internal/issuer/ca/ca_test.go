@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/stretchr/testify/require"
@@ -223,13 +224,13 @@ func TestLintWithholds(t *testing.T) {
 		leaf, err := sign(tmpl, s.signer, key.Public())
 		require.NoError(t, err)
 		issued := &Issued{Chain: []*x509.Certificate{leaf, s.signer.cert}, Bundle: s.bundle()}
-		err = c.lintSVID(issued, Request{ID: payments, Key: key.Public(), Instance: "i1"}, clk.Now())
+		err = c.lintSVID(issued, Request{ID: payments, Key: key.Public(), Instance: "i1"}, clk.Now(), c.cfg.SVIDTTL)
 		if (err == nil) != (name == "nothing") {
 			t.Errorf("%s: got %v", name, err)
 		}
 	}
 	issued := issue(t, c)
-	if err := c.lintSVID(issued, Request{ID: payments, Key: key.Public(), Instance: "i1"}, clk.Now()); err == nil {
+	if err := c.lintSVID(issued, Request{ID: payments, Key: key.Public(), Instance: "i1"}, clk.Now(), c.cfg.SVIDTTL); err == nil {
 		t.Error("another key: released")
 	}
 }
@@ -246,7 +247,7 @@ func TestServerSVIDPresentsTheRoot(t *testing.T) {
 	if sha256.Sum256(last.RawSubjectPublicKeyInfo) != c.RootHash() {
 		t.Error("the chain does not end with the active root")
 	}
-	if err := verify(svid.Certificates, c.Bundle(), clk.Now()); err != nil {
+	if err := verify(svid.Certificates, c.X509Roots(), clk.Now()); err != nil {
 		t.Error(err)
 	}
 	clk.Add(time.Hour)
@@ -272,7 +273,7 @@ func TestOpenAgainGoesOnWithTheSameKeys(t *testing.T) {
 	if !second.state.Load().signer.cert.Equal(first.state.Load().signer.cert) {
 		t.Error("another intermediate after a restart")
 	}
-	if err := verify(issued.Chain, second.Bundle(), clk.Now()); err != nil {
+	if err := verify(issued.Chain, second.X509Roots(), clk.Now()); err != nil {
 		t.Error(err)
 	}
 }
@@ -282,8 +283,8 @@ func TestKeysAreReadableByTheOwnerOnly(t *testing.T) {
 	open(t, cfg)
 	files, err := filepath.Glob(filepath.Join(cfg.KeyDir, "*"))
 	require.NoError(t, err)
-	if len(files) != 2 {
-		t.Errorf("got %v, want a root and an intermediate", files)
+	if len(files) != 3 {
+		t.Errorf("got %v, want a root, an intermediate and a JWT key", files)
 	}
 	for _, f := range files {
 		st, err := os.Stat(f)
@@ -366,8 +367,8 @@ func TestWatchBundle(t *testing.T) {
 	seen := make(chan int)
 	done := make(chan error)
 	go func() {
-		done <- c.WatchBundle(ctx, func(roots []*x509.Certificate) error {
-			seen <- len(roots)
+		done <- c.WatchBundle(ctx, func(b *spiffebundle.Bundle) error {
+			seen <- len(b.X509Authorities())
 			return nil
 		})
 	}()
@@ -384,7 +385,7 @@ func TestWatchBundle(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	stop := fmt.Errorf("stop")
-	if err := c.WatchBundle(t.Context(), func([]*x509.Certificate) error { return stop }); err != stop {
+	if err := c.WatchBundle(t.Context(), func(*spiffebundle.Bundle) error { return stop }); err != stop {
 		t.Errorf("got %v, want fn's error", err)
 	}
 }

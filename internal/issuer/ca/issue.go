@@ -30,6 +30,8 @@ type Request struct {
 	// presents the SVID without asking anyone: see [Instance]. It is no part of
 	// the SPIFFE ID and no peer may decide by it. Empty: no subject.
 	Instance string
+	// TTL is how long it lives; zero, or longer than configured: as configured.
+	TTL time.Duration
 }
 
 // Issued is an X.509-SVID without its private key, and what to trust.
@@ -69,7 +71,11 @@ func (c *CA) issue(s *state, req Request) (*Issued, error) {
 	if !now.Before(s.signer.cert.NotAfter) {
 		return nil, fmt.Errorf("issuing an SVID for %s: the signing certificate expired at %s; is the clock right?", req.ID, s.signer.cert.NotAfter.Format(time.RFC3339))
 	}
-	tmpl, err := template(req.ID, now, c.cfg.SVIDTTL)
+	ttl := c.cfg.SVIDTTL
+	if req.TTL > 0 {
+		ttl = min(ttl, req.TTL)
+	}
+	tmpl, err := template(req.ID, now, ttl)
 	if err != nil {
 		return nil, err
 	}
@@ -81,7 +87,7 @@ func (c *CA) issue(s *state, req Request) (*Issued, error) {
 		return nil, fmt.Errorf("issuing an SVID for %s: %w", req.ID, err)
 	}
 	issued := &Issued{Chain: []*x509.Certificate{leaf, s.signer.cert}, Bundle: s.bundle()}
-	if err := c.lintSVID(issued, req, now); err != nil {
+	if err := c.lintSVID(issued, req, now, ttl); err != nil {
 		return nil, fmt.Errorf("issuing an SVID for %s: certificate withheld: %w", req.ID, err)
 	}
 	return issued, nil
@@ -97,7 +103,7 @@ func template(id spiffeid.ID, now time.Time, ttl time.Duration) (*x509.Certifica
 	return &x509.Certificate{
 		SerialNumber:          serial,
 		URIs:                  []*url.URL{id.URL()},
-		NotBefore:             start.Add(-backdate),
+		NotBefore:             start.Add(-Backdate),
 		NotAfter:              start.Add(ttl),
 		BasicConstraintsValid: true,
 	}, nil

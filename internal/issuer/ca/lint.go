@@ -25,7 +25,7 @@ var (
 )
 
 // lintSVID checks a leaf against the request and the bundle it goes out with.
-func (c *CA) lintSVID(issued *Issued, req Request, now time.Time) error {
+func (c *CA) lintSVID(issued *Issued, req Request, now time.Time, ttl time.Duration) error {
 	leaf, issuer := issued.Chain[0], issued.Chain[1]
 	if err := lintNames(leaf, req.ID); err != nil {
 		return err
@@ -33,7 +33,7 @@ func (c *CA) lintSVID(issued *Issued, req Request, now time.Time) error {
 	if err := lintLeafUsage(leaf); err != nil {
 		return err
 	}
-	if err := lintTimes(leaf, issuer, now, c.cfg.SVIDTTL); err != nil {
+	if err := lintTimes(leaf, issuer, now, ttl); err != nil {
 		return err
 	}
 	if key, ok := req.Key.(interface{ Equal(crypto.PublicKey) bool }); !ok || !key.Equal(leaf.PublicKey) {
@@ -108,7 +108,7 @@ func lintTimes(cert, issuer *x509.Certificate, now time.Time, ttl time.Duration)
 	switch {
 	case cert.NotBefore.After(now) || !cert.NotAfter.After(now):
 		return fmt.Errorf("not valid now (%s to %s)", cert.NotBefore, cert.NotAfter)
-	case now.Sub(cert.NotBefore) > backdate+time.Second:
+	case now.Sub(cert.NotBefore) > Backdate+time.Second:
 		return fmt.Errorf("backdated to %s", cert.NotBefore)
 	case cert.NotAfter.After(now.Add(ttl)):
 		return fmt.Errorf("valid until %s, longer than %v", cert.NotAfter, ttl)

@@ -3,7 +3,10 @@ package ca
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
@@ -45,7 +48,7 @@ func (c *CA) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// follow says when the roots in the store have changed, or may have while nobody
+// follow says when the keys in the store have changed, or may have while nobody
 // watched.
 func (c *CA) follow(ctx context.Context, changed chan<- struct{}) error {
 	poke := func(int64, []store.Event) error {
@@ -56,9 +59,9 @@ func (c *CA) follow(ctx context.Context, changed chan<- struct{}) error {
 		return nil
 	}
 	for ctx.Err() == nil {
-		_, rev, err := c.cfg.Store.List(ctx, rootPrefix)
+		_, rev, err := c.cfg.Store.List(ctx, storePrefix)
 		if err == nil {
-			err = errors.Join(poke(rev, nil), c.cfg.Store.Watch(ctx, rootPrefix, rev, poke))
+			err = errors.Join(poke(rev, nil), c.cfg.Store.Watch(ctx, storePrefix, rev, poke))
 		}
 		if ctx.Err() == nil {
 			c.log.Warn("watching the roots; trying again", "error", err)
@@ -103,14 +106,26 @@ func (c *CA) advance(ctx context.Context, now time.Time) error {
 	if err := c.fixTrustDomain(b); err != nil {
 		return err
 	}
-	if err := c.attachKeys(ctx, b, now); err != nil {
+	next := &state{superseded: make(chan struct{})}
+	for _, s := range []*shelf{&b.roots, &b.jwt} {
+		if err := c.attachKeys(ctx, b, s, now); err != nil {
+			return err
+		}
+	}
+	if next.roots, next.active, err = c.advanceShelf(ctx, b, &b.roots, now); err != nil {
 		return err
 	}
-	next, err := c.advanceRoots(ctx, b, now)
-	if err != nil {
+	if next.jwt, next.jwtActive, err = c.advanceShelf(ctx, b, &b.jwt, now); err != nil {
 		return err
 	}
-	if next.signer, err = c.advanceIntermediate(next.active, now); err != nil {
+	// Before the bundle is made: what it holds no longer must have been counted.
+	if err := c.forgetExpired(ctx, b, now); err != nil {
+		return err
+	}
+	if err := c.describe(next, b); err != nil {
+		return err
+	}
+	if next.signer, err = c.advanceIntermediate(next.active, next.taintedKeys(), now); err != nil {
 		return err
 	}
 	server, err := c.advanceServer(next, now)
@@ -118,30 +133,53 @@ func (c *CA) advance(ctx context.Context, now time.Time) error {
 		return err
 	}
 	c.install(next, server)
-	return c.forgetExpired(ctx, b, now)
+	return nil
 }
 
-// advanceRoots makes the first root, or the next one when half of the active
-// one's life is over.
-func (c *CA) advanceRoots(ctx context.Context, b *book, now time.Time) (*state, error) {
-	roots, active := schedule(b.records, now)
-	half := active != nil && !now.Before(made(active.cert).Add(life(active.cert)/2))
-	if active == nil || half && roots[len(roots)-1] == active {
-		if active == nil && len(b.records) > 0 {
-			c.log.Error("every root has expired while no control plane ran; all sidecars need new join tokens")
-		}
-		if err := c.addRoot(ctx, b, now); err != nil {
-			return nil, err
-		}
-		roots, active = schedule(b.records, now)
+// advanceShelf makes the first key, or the next one when half of the active one's
+// life is over or the newest is tainted.
+func (c *CA) advanceShelf(ctx context.Context, b *book, s *shelf, now time.Time) ([]*root, *root, error) {
+	all, active := c.schedule(s, now)
+	due := active == nil
+	if active != nil {
+		newest := all[len(all)-1]
+		half := !now.Before(made(active.cert).Add(life(active.cert) / 2))
+		due = half && newest == active || !newest.taintedAt.IsZero()
 	}
-	return &state{roots: roots, active: active, superseded: make(chan struct{})}, nil
+	if !due {
+		return all, active, nil
+	}
+	if active == nil && len(s.records) > 0 && s.kind == b.roots.kind {
+		c.log.Error("every root has expired while no control plane ran; all sidecars need new join tokens")
+	}
+	if err := c.add(ctx, b, s, now); err != nil {
+		return nil, nil, err
+	}
+	all, active = c.schedule(s, now)
+	return all, active, nil
+}
+
+// describe completes a state with what is published of it.
+func (c *CA) describe(s *state, b *book) error {
+	s.sequence = b.sequence
+	for _, hash := range slices.Sorted(maps.Keys(b.tainted)) {
+		s.tainted = append(s.tainted, b.tainted[hash])
+	}
+	s.published = spiffebundle.FromX509Authorities(c.td, s.bundle())
+	for _, r := range s.jwt {
+		if err := s.published.AddJWTAuthority(r.cert.Subject.CommonName, r.cert.PublicKey); err != nil {
+			return fmt.Errorf("publishing JWT key %s: %w", r.cert.Subject.CommonName, err)
+		}
+	}
+	s.published.SetSequenceNumber(s.sequence)
+	s.published.SetRefreshHint(min(max(c.cfg.RootTTL/100, time.Second), maxRefreshHint).Truncate(time.Second))
+	return nil
 }
 
 // advanceIntermediate returns this replica's intermediate: the one on disk while
 // the active root signed it and half of its life is not over, else a new one.
 // Peers learn it from each chain, so it needs no publication.
-func (c *CA) advanceIntermediate(active *root, now time.Time) (*authority, error) {
+func (c *CA) advanceIntermediate(active *root, tainted map[string]bool, now time.Time) (*authority, error) {
 	name := "intermediate-" + c.cfg.Replica
 	have, err := c.keys.load(name)
 	switch {
@@ -152,7 +190,7 @@ func (c *CA) advanceIntermediate(active *root, now time.Time) (*authority, error
 		if err := c.checkOwn(have.cert, name); err != nil {
 			return nil, err
 		}
-		if c.usable(have, active, now) {
+		if c.usable(have, active, now) && !tainted[keyHash(have.cert)] {
 			return have, nil
 		}
 	}
@@ -177,10 +215,16 @@ func (c *CA) usable(a *authority, active *root, now time.Time) bool {
 	return !short && now.Before(made(a.cert).Add(life(a.cert)/2))
 }
 
+// same reports whether signers, bundle and taints are those of o.
+func (s *state) same(o *state) bool {
+	return s.published.Equal(o.published) && s.active.cert.Equal(o.active.cert) && s.signer.cert.Equal(o.signer.cert) &&
+		s.jwtActive.cert.Equal(o.jwtActive.cert) && slices.Equal(s.tainted, o.tainted)
+}
+
 // install publishes a new state, unless nothing changed, and the server's SVID.
 func (c *CA) install(next *state, server *serverSVID) {
 	old := c.state.Load()
-	if old == nil || !sameCerts(old.bundle(), next.bundle()) || !old.active.cert.Equal(next.active.cert) || !old.signer.cert.Equal(next.signer.cert) {
+	if old == nil || !old.same(next) {
 		c.state.Store(next)
 		if old != nil {
 			close(old.superseded)

@@ -16,9 +16,11 @@ import (
 
 func states(c *CA) (list []string) {
 	for _, a := range c.Authorities() {
-		list = append(list, a.State)
+		if a.Kind == "root" {
+			list = append(list, a.State)
+		}
 	}
-	return list[:len(list)-1] // the last is the intermediate
+	return list
 }
 
 func TestRootRotation(t *testing.T) {
@@ -48,7 +50,7 @@ func TestRootRotation(t *testing.T) {
 			t.Errorf("at %v: first root active: got %v, want %v", step.at, got, step.same)
 		}
 		issued := issue(t, c)
-		if err := verify(issued.Chain, c.Bundle(), clk.Now()); err != nil {
+		if err := verify(issued.Chain, c.X509Roots(), clk.Now()); err != nil {
 			t.Errorf("at %v: %v", step.at, err)
 		}
 	}
@@ -67,7 +69,7 @@ func TestRotationNeverSignsWithAnUnpublishedRoot(t *testing.T) {
 	subjects := map[string][]byte{}
 	for range 400 {
 		require.NoError(t, c.Advance(t.Context()))
-		history = append(history, published{clk.Now(), c.Bundle()})
+		history = append(history, published{clk.Now(), c.X509Roots()})
 		issued := issue(t, c)
 		old := history[0]
 		for _, h := range history {
@@ -84,7 +86,7 @@ func TestRotationNeverSignsWithAnUnpublishedRoot(t *testing.T) {
 		if age := clk.Now().Sub(made(issued.Chain[1])); age > 30*time.Hour {
 			t.Fatalf("the intermediate still signs at %v of 60h", age)
 		}
-		for _, cert := range append(c.Bundle(), issued.Chain[1]) {
+		for _, cert := range append(c.X509Roots(), issued.Chain[1]) {
 			key, name := cert.RawSubjectPublicKeyInfo, cert.Subject.String()
 			if have, ok := subjects[name]; ok && string(have) != string(key) {
 				t.Fatalf("two keys with subject %s", name)
@@ -103,7 +105,7 @@ func TestControlPlaneDownDuringRotation(t *testing.T) {
 		clk := newClock()
 		cfg := config(t, clk)
 		c := open(t, cfg)
-		first, known := c.RootHash(), c.Bundle()
+		first, known := c.RootHash(), c.X509Roots()
 		clk.Add(down)
 		c = open(t, cfg)
 		if c.RootHash() != first {
@@ -118,10 +120,10 @@ func TestControlPlaneDownDuringRotation(t *testing.T) {
 	open(t, cfg)
 	clk.Add(400 * time.Hour) // past everything
 	c := open(t, cfg)
-	if err := verify(issue(t, c).Chain, c.Bundle(), clk.Now()); err != nil {
+	if err := verify(issue(t, c).Chain, c.X509Roots(), clk.Now()); err != nil {
 		t.Errorf("after every root expired: %v", err)
 	}
-	if got := len(c.Bundle()); got != 1 {
+	if got := len(c.X509Roots()); got != 1 {
 		t.Errorf("got %d roots, want the new one only", got)
 	}
 }
@@ -132,7 +134,7 @@ func TestClockAheadForAWhile(t *testing.T) {
 	clk := newClock()
 	cfg := config(t, clk)
 	c := open(t, cfg)
-	first, known := c.RootHash(), c.Bundle()
+	first, known := c.RootHash(), c.X509Roots()
 	clk.Add(50 * 360 * time.Hour)
 	open(t, cfg)
 	clk.Add(-50*360*time.Hour + time.Hour)
@@ -213,7 +215,7 @@ func TestCrashBetweenAnyTwoSteps(t *testing.T) {
 		}
 	}
 	for range 30 {
-		known := c.Bundle()
+		known := c.X509Roots()
 		taken := len(snaps.list)
 		clk.Add(15 * time.Hour)
 		require.NoError(t, c.Advance(t.Context()))
@@ -259,7 +261,7 @@ func TestRunRotatesAndFollowsTheOtherReplica(t *testing.T) {
 	go func() { done <- b.Run(ctx) }()
 	clk.Add(180 * time.Hour)
 	require.Eventually(t, func() bool {
-		return a.Advance(t.Context()) == nil && sameCerts(a.Bundle(), b.Bundle()) && len(b.Bundle()) >= 2 // both may have made one
+		return a.Advance(t.Context()) == nil && sameCerts(a.X509Roots(), b.X509Roots()) && len(b.X509Roots()) >= 2 // both may have made one
 	}, 5*time.Second, time.Millisecond)
 	cancel()
 	require.NoError(t, <-done)
@@ -274,7 +276,7 @@ func TestReplicaWithAnotherKeyFolderChangesNothing(t *testing.T) {
 		t.Fatal("opened without the root's key")
 	}
 	require.NoError(t, a.Advance(t.Context()))
-	if got := len(a.Bundle()); got != 1 {
+	if got := len(a.X509Roots()); got != 1 {
 		t.Errorf("got %d roots, want 1", got)
 	}
 }
