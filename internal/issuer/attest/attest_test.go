@@ -132,17 +132,6 @@ func TestParseEnrollmentKey(t *testing.T) {
 	}
 }
 
-func TestCheckKind(t *testing.T) {
-	if err := CheckKind(KindJoinToken); err != nil {
-		t.Error(err)
-	}
-	for _, kind := range []string{"kubernetes", "", "Join-Token"} {
-		if err := CheckKind(kind); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("%q", kind)) {
-			t.Errorf("%s: got %v", kind, err)
-		}
-	}
-}
-
 func FuzzParseToken(f *testing.F) {
 	f.Add(newToken(f).Encode())
 	f.Add("sp1...")
