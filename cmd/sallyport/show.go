@@ -160,12 +160,12 @@ func printExplanation(w io.Writer, e *sallyportv1.Explanation) {
 }
 
 func (c *cli) audit() *cobra.Command {
-	var limit uint32
+	req := &sallyportv1.AuditRequest{}
 	cmd := &cobra.Command{
 		Use: "audit", Short: "Who changed what and when, newest first", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.admin(cmd.Context(), func(ctx context.Context, a sallyportv1.AdminClient) error {
-				resp, err := a.Audit(ctx, &sallyportv1.AuditRequest{Limit: limit})
+				resp, err := a.Audit(ctx, req)
 				if err != nil {
 					return err
 				}
@@ -180,6 +180,7 @@ func (c *cli) audit() *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().Uint32Var(&limit, "limit", 0, "how many (default 50)")
+	cmd.Flags().Uint32Var(&req.Limit, "limit", 0, "how many (default 50)")
+	cmd.Flags().BoolVar(&req.Renewals, "renewals", false, "certificates renewed and tokens issued, instead of changes and enrolments")
 	return cmd
 }

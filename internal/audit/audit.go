@@ -22,26 +22,37 @@ import (
 
 const (
 	// MaxRecords and MaxBytes bound what is kept: the newest records win. Those
-	// that sidecars cause by themselves, which is [ActionIssue], have bounds of
-	// their own, so that they never push out what people did.
+	// that sidecars cause by themselves have bounds of their own, so that they
+	// never push out what people did: enrolments ([ActionIssue]), and apart from
+	// these what running sidecars ask for all the time ([ActionRenew], [ActionJWT]).
 	MaxRecords      = 10_000
 	MaxBytes        = 32 << 20
 	MaxRoutine      = 5_000
 	MaxRoutineBytes = 8 << 20
+	// MaxRenewals is five hours of 10,000 sidecars that renew hourly.
+	MaxRenewals      = 50_000
+	MaxRenewalsBytes = 24 << 20
 	// MaxDetail is the length of a record's Detail in bytes; a longer one is cut
 	// and says so. The other fields are cut at MaxField.
 	MaxDetail = 16 << 10
 	MaxField  = 1 << 10
 
-	// ActionIssue is the Action of an enrolment.
+	// ActionIssue is the Action of an enrolment, ActionRenew of an SVID for who
+	// has one already, or for an agent's process, ActionJWT of a JWT-SVID.
 	ActionIssue = "svid.issue"
+	ActionRenew = "svid.renew"
+	ActionJWT   = "jwt.issue"
 
-	prefix = "audit/"
-	// routine ends the keys of records that sidecars cause by themselves.
+	// prefix is that of all keys but those of renewals, which are so many that
+	// reading the others must not mean reading them.
+	prefix         = "audit/"
+	renewalsPrefix = "audit-renewals/"
+	// routine ends the keys of enrolments.
 	routine = "-routine"
-	// trimEvery is how many records this process writes between two looks at
-	// what may be forgotten.
-	trimEvery = 256
+	// trimEvery and trimRenewalsEvery are how many records this process writes
+	// between two looks at what may be forgotten.
+	trimEvery         = 256
+	trimRenewalsEvery = 4096
 )
 
 // Record is one attempted change.
@@ -61,7 +72,8 @@ type Log struct {
 	now    func() time.Time
 	writer string        // tells this process's keys from another replica's
 	seq    atomic.Uint64 // orders records of one nanosecond
-	due    atomic.Int64  // records written since the last trim
+	// Records written since the last trim, of renewals and of all others.
+	due, dueRenewals atomic.Int64
 }
 
 // New returns a log over s that reads the time from now.
@@ -70,6 +82,7 @@ func New(s store.Store, now func() time.Time) *Log {
 	rand.Read(b[:]) // never fails: crypto/rand
 	l := &Log{store: s, now: now, writer: hex.EncodeToString(b[:])}
 	l.due.Store(trimEvery) // look once after each start
+	l.dueRenewals.Store(trimRenewalsEvery)
 	return l
 }
 
@@ -97,12 +110,16 @@ func (l *Log) Op(r Record) store.Op {
 	if err != nil { // strings and a time of our own
 		panic(fmt.Sprintf("encoding an audit record: %v", err))
 	}
-	l.due.Add(1)
-	key := fmt.Sprintf("%s%020d-%010d-%s", prefix, max(0, r.Time.UnixNano()), l.seq.Add(1), l.writer)
-	if r.Action == ActionIssue {
+	key := fmt.Sprintf("%020d-%010d-%s", max(0, r.Time.UnixNano()), l.seq.Add(1), l.writer)
+	switch r.Action {
+	case ActionRenew, ActionJWT:
+		l.dueRenewals.Add(1)
+		return store.Op{Key: renewalsPrefix + key, Value: value}
+	case ActionIssue:
 		key += routine
 	}
-	return store.Op{Key: key, Value: value}
+	l.due.Add(1)
+	return store.Op{Key: prefix + key, Value: value}
 }
 
 // cut shortens s to at most limit bytes at a character's edge, and says so.
@@ -117,8 +134,17 @@ func cut(s string, limit int) string {
 	return fmt.Sprintf("%s… (%d bytes more)", s[:end], len(s)-end)
 }
 
-// Recent returns the newest n records, newest first; n ≤ 0 means all.
-func (l *Log) Recent(ctx context.Context, n int) ([]Record, error) {
+// Recent returns the newest n records but for renewals, newest first; n ≤ 0 means
+// all.
+func (l *Log) Recent(ctx context.Context, n int) ([]Record, error) { return l.read(ctx, prefix, n) }
+
+// Renewals returns the newest n records of [ActionRenew] and [ActionJWT], newest
+// first; n ≤ 0 means all.
+func (l *Log) Renewals(ctx context.Context, n int) ([]Record, error) {
+	return l.read(ctx, renewalsPrefix, n)
+}
+
+func (l *Log) read(ctx context.Context, prefix string, n int) ([]Record, error) {
 	kvs, _, err := l.store.List(ctx, prefix)
 	if err != nil {
 		return nil, fmt.Errorf("reading the audit log: %w", err)
@@ -136,14 +162,17 @@ func (l *Log) Recent(ctx context.Context, n int) ([]Record, error) {
 	return records, nil
 }
 
-// Trim deletes the oldest records beyond the bounds of either kind. It costs
+// Trim deletes the oldest records beyond the bounds of each kind. It costs
 // nothing until this process has written some hundreds of records; whoever
 // writes by Op calls it now and then.
 func (l *Log) Trim(ctx context.Context) error {
-	if l.due.Load() < trimEvery {
+	return errors.Join(l.trim(ctx, &l.due, trimEvery, prefix), l.trim(ctx, &l.dueRenewals, trimRenewalsEvery, renewalsPrefix))
+}
+
+func (l *Log) trim(ctx context.Context, due *atomic.Int64, every int64, prefix string) error {
+	if n := due.Load(); n < every || !due.CompareAndSwap(n, 0) { // another call does it
 		return nil
 	}
-	l.due.Store(0)
 	kvs, _, err := l.store.List(ctx, prefix)
 	if err != nil {
 		return fmt.Errorf("trimming the audit log: %w", err)
@@ -161,11 +190,14 @@ func (l *Log) Trim(ctx context.Context) error {
 // ordered from the oldest.
 func expired(kvs []store.KV) []store.Op {
 	type room struct{ records, bytes int }
-	changes, issues := room{MaxRecords, MaxBytes}, room{MaxRoutine, MaxRoutineBytes}
+	changes, issues, renewals := room{MaxRecords, MaxBytes}, room{MaxRoutine, MaxRoutineBytes}, room{MaxRenewals, MaxRenewalsBytes}
 	var ops []store.Op
 	for _, kv := range slices.Backward(kvs) {
 		left := &changes
-		if strings.HasSuffix(kv.Key, routine) {
+		switch {
+		case strings.HasPrefix(kv.Key, renewalsPrefix):
+			left = &renewals
+		case strings.HasSuffix(kv.Key, routine):
 			left = &issues
 		}
 		left.records--

@@ -125,6 +125,34 @@ func TestEnrolmentsDoNotPushOutChanges(t *testing.T) {
 	}
 }
 
+// Nor do renewals push out enrolments, however many there are, nor does reading
+// the log mean reading them.
+func TestRenewalsHaveBoundsOfTheirOwn(t *testing.T) {
+	s := newStore(t)
+	l := New(s, time.Now)
+	require.NoError(t, l.Append(t.Context(), Record{Action: "policy.apply"}))
+	require.NoError(t, l.Append(t.Context(), Record{Action: ActionIssue}))
+	ops := make([]store.Op, MaxRenewals+trimRenewalsEvery)
+	for i := range ops {
+		ops[i] = l.Op(Record{Action: []string{ActionRenew, ActionJWT}[i%2], Detail: fmt.Sprint(i)})
+	}
+	for batch := range slices.Chunk(ops, store.MaxOps) {
+		_, err := s.Txn(t.Context(), nil, batch)
+		require.NoError(t, err)
+	}
+	require.NoError(t, l.Trim(t.Context()))
+	changes, err := l.Recent(t.Context(), 0)
+	require.NoError(t, err)
+	if len(changes) != 2 || changes[0].Action != ActionIssue || changes[1].Action != "policy.apply" {
+		t.Errorf("got %+v, want the enrolment and the change", changes)
+	}
+	renewals, err := l.Renewals(t.Context(), 0)
+	require.NoError(t, err)
+	if len(renewals) != MaxRenewals || renewals[0].Detail != fmt.Sprint(len(ops)-1) {
+		t.Errorf("got %d renewals, the newest %+v, want the newest %d", len(renewals), renewals[0], MaxRenewals)
+	}
+}
+
 func TestParallelWriters(t *testing.T) {
 	s := newStore(t)
 	var wg sync.WaitGroup

@@ -153,7 +153,11 @@ func (a *adminServer) Files(ctx context.Context, req *sallyportv1.FilesRequest) 
 
 // Audit implements the RPC.
 func (a *adminServer) Audit(ctx context.Context, req *sallyportv1.AuditRequest) (*sallyportv1.AuditResponse, error) {
-	records, err := a.audit.Recent(ctx, listLimit(req.GetLimit()))
+	read := a.audit.Recent
+	if req.GetRenewals() {
+		read = a.audit.Renewals
+	}
+	records, err := read(ctx, listLimit(req.GetLimit()))
 	if err != nil {
 		return nil, status.Error(codes.Unavailable, fmt.Sprintf("reading the audit log: %v", err))
 	}

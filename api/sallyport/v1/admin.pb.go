@@ -609,8 +609,10 @@ func (x *FilesResponse) GetSets() []*Set {
 }
 
 type AuditRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Limit         uint32                 `protobuf:"varint,1,opt,name=limit,proto3" json:"limit,omitempty"` // zero: 50
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Limit uint32                 `protobuf:"varint,1,opt,name=limit,proto3" json:"limit,omitempty"` // zero: 50
+	// Renewals and JWT-SVIDs, which are many, and nothing else.
+	Renewals      bool `protobuf:"varint,2,opt,name=renewals,proto3" json:"renewals,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -650,6 +652,13 @@ func (x *AuditRequest) GetLimit() uint32 {
 		return x.Limit
 	}
 	return 0
+}
+
+func (x *AuditRequest) GetRenewals() bool {
+	if x != nil {
+		return x.Renewals
+	}
+	return false
 }
 
 type AuditResponse struct {
@@ -2627,9 +2636,10 @@ const file_admin_proto_rawDesc = "" +
 	"\brevision\x18\x01 \x01(\tR\brevision\"R\n" +
 	"\rFilesResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12%\n" +
-	"\x04sets\x18\x02 \x03(\v2\x11.sallyport.v1.SetR\x04sets\"$\n" +
+	"\x04sets\x18\x02 \x03(\v2\x11.sallyport.v1.SetR\x04sets\"@\n" +
 	"\fAuditRequest\x12\x14\n" +
-	"\x05limit\x18\x01 \x01(\rR\x05limit\"D\n" +
+	"\x05limit\x18\x01 \x01(\rR\x05limit\x12\x1a\n" +
+	"\brenewals\x18\x02 \x01(\bR\brenewals\"D\n" +
 	"\rAuditResponse\x123\n" +
 	"\arecords\x18\x01 \x03(\v2\x19.sallyport.v1.AuditRecordR\arecords\"\xcd\x01\n" +
 	"\vAuditRecord\x12.\n" +
