@@ -1,5 +1,6 @@
-// Package registry knows which evidence may be which workload: the join tokens
-// that operators made, and the instances that enrolled with them.
+// Package registry knows which evidence may be which workload: what the applied
+// Workloads admit, the join tokens that operators made, and the instances that
+// enrolled with either.
 //
 // It issues nothing and speaks no protocol; package issuer asks it. All state is
 // in the store, so any replica can answer.
@@ -16,9 +17,9 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/sallyport-mesh/sallyport/internal/audit"
+	"github.com/sallyport-mesh/sallyport/internal/issuer/attest"
 	"github.com/sallyport-mesh/sallyport/internal/store"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
@@ -38,10 +39,19 @@ var (
 	ErrUnknownWorkload = errors.New("no such workload in the applied policy files")
 	// ErrNotAttested says that the Workload does not list the kind of evidence.
 	ErrNotAttested = errors.New("the workload does not admit this evidence; add it to the Workload's attest list")
+	// ErrNoMatch says that evidence is good and proves no workload.
+	ErrNoMatch = errors.New("no workload admits this evidence; where the control plane runs, sallyport identity explain says which come close")
+	// ErrAmbiguous says that evidence proves more than one workload.
+	ErrAmbiguous = errors.New("the evidence proves more than one workload; make their attest lists exclude each other")
+	// ErrEvidenceUsed says that another sidecar redeemed the same token.
+	ErrEvidenceUsed = errors.New("the token was redeemed already; let the platform issue a new one to each sidecar")
+	// ErrVouched says that an instance is an agent's process, which has nothing
+	// to ask for itself.
+	ErrVouched = errors.New("an agent vouches for this process; its SVIDs come through the agent")
 	// ErrBadTTL says that a join token's lifetime is out of bounds.
 	ErrBadTTL = errors.New("bad lifetime")
 	// ErrUnknownInstance says that the instance never enrolled or was removed.
-	ErrUnknownInstance = errors.New("unknown instance; enrol again with a new join token: sallyport token create")
+	ErrUnknownInstance = errors.New("unknown instance; enrol again, with a new join token if it takes one: sallyport token create")
 )
 
 // IsRequestError reports whether err is an answer to what was asked, so that the
@@ -50,6 +60,7 @@ var (
 func IsRequestError(err error) bool {
 	return slices.ContainsFunc([]error{
 		ErrNotReady, ErrUnknownToken, ErrTokenUsed, ErrTokenExpired, ErrUnknownWorkload, ErrNotAttested, ErrBadTTL, ErrUnknownInstance,
+		ErrNoMatch, ErrAmbiguous, ErrEvidenceUsed, ErrVouched,
 	}, func(kind error) bool { return errors.Is(err, kind) })
 }
 
@@ -59,8 +70,11 @@ type Config struct {
 	Audit *audit.Log
 	// RootHash gives the hash that new tokens carry: ca.CA.RootHash.
 	RootHash func() [sha256.Size]byte
-	Now      func() time.Time // nil: time.Now
-	Log      hclog.Logger     // nil: discard
+	// Issuers counts who may vouch. Where a Workload names no issuer, the only
+	// one is meant; with several it is nobody.
+	Issuers map[string]int   // :: kind of evidence → issuers configured
+	Now     func() time.Time // nil: time.Now
+	Log     hclog.Logger     // nil: discard
 }
 
 // Registry is safe for concurrent use.
@@ -68,11 +82,6 @@ type Registry struct {
 	cfg       Config
 	log       hclog.Logger
 	workloads atomic.Pointer[workloads]
-}
-
-type workloads struct {
-	byName map[string]*policy.CompiledWorkload      // :: metadata.name → workload
-	byID   map[spiffeid.ID]*policy.CompiledWorkload // :: SPIFFE ID → workload
 }
 
 // New makes a Registry. It answers [ErrNotReady] until SetWorkloads was called.
@@ -89,37 +98,40 @@ func New(cfg Config) *Registry {
 // SetWorkloads replaces the workloads that may enrol. Instances of others keep
 // their records but get no more SVIDs.
 func (r *Registry) SetWorkloads(list []policy.CompiledWorkload) {
-	w := &workloads{
-		byName: make(map[string]*policy.CompiledWorkload, len(list)),
-		byID:   make(map[spiffeid.ID]*policy.CompiledWorkload, len(list)),
-	}
-	for i := range list {
-		w.byName[list[i].Name] = &list[i]
-		w.byID[list[i].ID] = &list[i]
-	}
-	r.workloads.Store(w)
+	r.workloads.Store(index(list, r.cfg.Issuers))
 }
 
-// admits returns the workload with this ID if evidence of kind may be it.
-func (r *Registry) admits(id spiffeid.ID, kind string) (*policy.CompiledWorkload, error) {
+// admits returns the instance's workload if it still admits the evidence that the
+// instance enrolled with.
+func (r *Registry) admits(inst Instance) (*policy.CompiledWorkload, error) {
 	all := r.workloads.Load()
 	if all == nil {
 		return nil, ErrNotReady
 	}
-	w, ok := all.byID[id]
+	w, ok := all.workload(inst.ID)
 	if !ok {
-		return nil, fmt.Errorf("%s: %w", id, ErrUnknownWorkload)
+		return nil, fmt.Errorf("%s: %w", inst.ID, ErrUnknownWorkload)
 	}
-	if !slices.ContainsFunc(w.Attest, func(a policy.Attest) bool { return a.Kind == kind }) {
-		return nil, fmt.Errorf("workload %s, attest kind %s: %w", w.Name, kind, ErrNotAttested)
+	v := inst.evidence()
+	for _, a := range w.Attest {
+		if v.Kind == attest.KindJoinToken { // it names its workload by itself
+			if a.Kind == v.Kind && w.ID == inst.ID {
+				return w, nil
+			}
+			continue
+		}
+		if id, missed := all.id(claim{w, a}, v, inst.Via); missed == "" && id == inst.ID {
+			return w, nil
+		}
 	}
-	return w, nil
+	return nil, fmt.Errorf("workload %s, %s: %w", w.Name, Describe(v), ErrNotAttested)
 }
 
 // Keys are flat: whatever a client names stays below the prefix it is put after.
 const (
 	prefix         = "registry/"
 	tokenPrefix    = prefix + "tokens/"
+	oncePrefix     = prefix + "once/"
 	instancePrefix = prefix + "instances/"
 )
 

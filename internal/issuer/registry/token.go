@@ -21,6 +21,8 @@ const (
 	// DefaultTokenTTL and MaxTokenTTL bound how long a join token waits.
 	DefaultTokenTTL = 10 * time.Minute
 	MaxTokenTTL     = 7 * 24 * time.Hour
+
+	instanceNameSize = 10 // bytes
 )
 
 // tokenRecord is a join token at rest. The secret is not in it.
@@ -92,7 +94,7 @@ func (r *Registry) tokenSubject(workload string) (spiffeid.ID, error) {
 	if !ok {
 		return spiffeid.ID{}, fmt.Errorf("workload %.64q: %w", workload, ErrUnknownWorkload)
 	}
-	_, err := r.admits(w.ID, attest.KindJoinToken)
+	_, err := r.admits(Instance{ID: w.ID, Kind: attest.KindJoinToken})
 	return w.ID, err
 }
 
@@ -129,17 +131,19 @@ func (r *Registry) redeemOnce(ctx context.Context, red Redemption) (Instance, er
 		return Instance{}, err
 	}
 	if tok.Instance != "" {
-		return r.repeat(ctx, tok, red.Key)
+		return r.repeat(ctx, tok.Instance, red.Key, ErrTokenUsed)
 	}
 	now := r.cfg.Now().UTC()
 	if !now.Before(tok.Expires) {
 		return Instance{}, fmt.Errorf("%w (it was valid until %s)", ErrTokenExpired, tok.Expires.Format(time.RFC3339))
 	}
-	w, err := r.admits(tok.ID, attest.KindJoinToken)
+	inst, err := newInstance(tok.ID, red.Key, now)
 	if err != nil {
 		return Instance{}, err
 	}
-	inst, err := newInstance(tok.ID, red.Key, now)
+	inst.Kind, inst.Origin = attest.KindJoinToken, red.Origin
+	inst.Subject = fmt.Sprintf("%s, made by %s", red.TokenID, tok.Actor)
+	w, err := r.admits(inst)
 	if err != nil {
 		return Instance{}, err
 	}
@@ -157,7 +161,7 @@ func (r *Registry) redeemOnce(ctx context.Context, red Redemption) (Instance, er
 		Detail: fmt.Sprintf("join token %s, made by %s", red.TokenID, tok.Actor), Result: "instance " + inst.Name,
 	})
 	cmps := []store.Cmp{{Key: kv.Key, Rev: kv.Rev}, {Key: register.Key}}
-	if _, err := r.cfg.Store.Txn(ctx, cmps, []store.Op{spend, register, entry}); err != nil {
+	if inst.rev, err = r.cfg.Store.Txn(ctx, cmps, []store.Op{spend, register, entry}); err != nil {
 		return Instance{}, fmt.Errorf("redeeming join token %.64q: %w", red.TokenID, err)
 	}
 	return inst, nil
@@ -189,12 +193,12 @@ func (r *Registry) token(ctx context.Context, red Redemption) (store.KV, tokenRe
 	return kv, tok, nil
 }
 
-// repeat answers a redemption whose first answer got lost: the key that the token
-// registered may ask again.
-func (r *Registry) repeat(ctx context.Context, tok tokenRecord, key *ecdsa.PublicKey) (Instance, error) {
-	inst, err := r.Instance(ctx, tok.Instance)
+// repeat answers a redemption whose first answer got lost: the key that it
+// registered may ask again. To everyone else it was used.
+func (r *Registry) repeat(ctx context.Context, instance string, key *ecdsa.PublicKey, used error) (Instance, error) {
+	inst, err := r.Instance(ctx, instance)
 	if errors.Is(err, ErrUnknownInstance) {
-		return Instance{}, ErrTokenUsed
+		return Instance{}, used
 	}
 	if err != nil {
 		return Instance{}, err
@@ -204,9 +208,9 @@ func (r *Registry) repeat(ctx context.Context, tok tokenRecord, key *ecdsa.Publi
 		return Instance{}, err
 	}
 	if !registered.Equal(key) {
-		return Instance{}, ErrTokenUsed
+		return Instance{}, used
 	}
-	return inst, r.Entitled(ctx, inst.ID, inst.Name)
+	return r.Entitlement(ctx, inst.ID, inst.Name)
 }
 
 // newInstance draws a name of 80 random bits. It is no secret.
@@ -215,7 +219,7 @@ func newInstance(id spiffeid.ID, key *ecdsa.PublicKey, now time.Time) (Instance,
 	if err != nil {
 		return Instance{}, fmt.Errorf("encoding the enrolment key: %w", err)
 	}
-	name := make([]byte, 10)
+	name := make([]byte, instanceNameSize)
 	if _, err := rand.Read(name); err != nil {
 		return Instance{}, fmt.Errorf("naming an instance: %w", err)
 	}
