@@ -18,6 +18,18 @@ const (
 	enrollBurst = 5
 	renewRate   = 10
 	renewBurst  = 20
+	// One bearer of a platform's evidence becomes a new instance once in
+	// newcomerEvery, after a burst: as many replicas may start at once.
+	newcomerEvery = 10 * time.Second
+	newcomerBurst = 200
+	// An agent asks for its host's processes: for hundreds when it starts, and for
+	// each several times in an SVID's or a token's life.
+	processRate  = 50
+	processBurst = 1000
+	// maxOutside bounds the questions to other systems in progress, and
+	// maxOutsideOfHost those that one host causes.
+	maxOutside       = 32
+	maxOutsideOfHost = 4
 	// maxBuckets bounds one generation of a limiter's buckets.
 	maxBuckets = 8192
 	// refusalRate is how many refusals are logged in a second; anyone may cause one.
@@ -104,6 +116,54 @@ func (l *lobby) makeRoom(host string) {
 	}
 	l.guests[oldest].evict(errBusy)
 	l.guests = slices.Delete(l.guests, oldest, oldest+1)
+}
+
+// gate bounds the calls that the control plane makes to others because somebody
+// asked it to.
+type gate struct {
+	slots chan struct{}
+
+	mu    sync.Mutex
+	hosts map[string]int // guarded by mu :: host → its calls in progress, waiting ones too
+}
+
+// enter waits for a slot, or says that there is none in time, or that this host
+// has its share. The caller calls leave.
+func (g *gate) enter(ctx context.Context, host string) (leave func(), err error) {
+	if !g.add(host) {
+		return nil, errBusy
+	}
+	select {
+	case g.slots <- struct{}{}:
+		return func() {
+			<-g.slots
+			g.remove(host)
+		}, nil
+	case <-ctx.Done():
+		g.remove(host)
+		return nil, errBusy
+	}
+}
+
+func (g *gate) add(host string) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.hosts == nil {
+		g.hosts = map[string]int{}
+	}
+	if g.hosts[host] == maxOutsideOfHost {
+		return false
+	}
+	g.hosts[host]++
+	return true
+}
+
+func (g *gate) remove(host string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.hosts[host]--; g.hosts[host] == 0 {
+		delete(g.hosts, host)
+	}
 }
 
 // hostOf is the part of an origin that is costly to change.

@@ -1,12 +1,13 @@
 package issuer
 
 import (
-	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/x509"
 	"fmt"
+	"strings"
 	"time"
+	"unicode"
 
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
@@ -16,7 +17,6 @@ import (
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/attest"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/ca"
-	"github.com/sallyport-mesh/sallyport/internal/issuer/registry"
 )
 
 const (
@@ -28,16 +28,23 @@ const (
 	// somebody is there to mend it. Later ones are not refused for it: an outage
 	// would be worse than a clock that is a minute off.
 	maxSkew = 30 * time.Second
+
+	// Bounds of what an agent says of a process: keys, values of a key, bytes.
+	maxSelectors = 32
+	maxValues    = 256
+	maxValue     = 4 << 10
 )
+
+// kinds lists the evidence that Enroll takes.
+var kinds = []string{attest.KindJoinToken, attest.KindEnrollmentKey, attest.KindX509Pop, kindKubernetes, kindOIDC}
 
 // hello is a Hello that was checked as far as that goes without the store.
 type hello struct {
-	csr   []byte
-	key   crypto.PublicKey // of the CSR
-	token *sallyportv1.JoinToken
-	// newKey comes with a token, instance without.
-	newKey   *ecdsa.PublicKey
-	instance string
+	csr      []byte
+	key      crypto.PublicKey // of the CSR
+	evidence any              // one of the protocol's, never empty
+	// newKey comes with every evidence but an enrolment key.
+	newKey *ecdsa.PublicKey
 }
 
 // readHello refuses whatever is not exactly one Hello of this version.
@@ -49,12 +56,11 @@ func (s *Service) readHello(msg *sallyportv1.EnrollRequest) (*hello, error) {
 	if m == nil {
 		return nil, malformed("an enrolment begins with Hello")
 	}
-	h := &hello{csr: m.GetCsr()}
-	switch e := m.GetEvidence().(type) {
-	case *sallyportv1.Hello_JoinToken:
-		if e.JoinToken == nil || len(e.JoinToken.GetSecret()) != attest.SecretSize || len(e.JoinToken.GetId()) > maxName {
-			return nil, malformed("join token: an id of at most %d bytes and a secret of %d", maxName, attest.SecretSize)
-		}
+	if err := checkEvidence(m); err != nil {
+		return nil, err
+	}
+	h := &hello{csr: m.GetCsr(), evidence: m.GetEvidence()}
+	if m.GetEnrollmentKey() == nil {
 		key, err := attest.ParseEnrollmentKey(m.GetNewEnrollmentKey())
 		if err != nil {
 			return nil, malformed("%v", err)
@@ -62,18 +68,42 @@ func (s *Service) readHello(msg *sallyportv1.EnrollRequest) (*hello, error) {
 		if err := s.checkClock(m); err != nil {
 			return nil, err
 		}
-		h.token, h.newKey = e.JoinToken, key
-	case *sallyportv1.Hello_EnrollmentKey:
-		h.instance = e.EnrollmentKey.GetInstance()
-		if h.instance == "" || len(h.instance) > maxName {
-			return nil, malformed("enrolment key: an instance of 1 to %d bytes", maxName)
-		}
-	default:
-		return nil, malformed("no evidence: this version accepts %s and %s", attest.KindJoinToken, attest.KindEnrollmentKey)
+		h.newKey = key
 	}
 	var err error
 	h.key, err = readCSR(h.csr)
 	return h, err
+}
+
+func checkEvidence(m *sallyportv1.Hello) error {
+	switch e := m.GetEvidence().(type) {
+	case *sallyportv1.Hello_JoinToken:
+		if len(e.JoinToken.GetSecret()) != attest.SecretSize || len(e.JoinToken.GetId()) > maxName {
+			return malformed("join token: an id of at most %d bytes and a secret of %d", maxName, attest.SecretSize)
+		}
+	case *sallyportv1.Hello_EnrollmentKey:
+		if n := len(e.EnrollmentKey.GetInstance()); n == 0 || n > maxName {
+			return malformed("enrolment key: an instance of 1 to %d bytes", maxName)
+		}
+	case *sallyportv1.Hello_X509Pop:
+		if n := len(e.X509Pop.GetChain()); n == 0 || n > attest.MaxChain || len(e.X509Pop.GetCa()) > maxName {
+			return malformed("x509pop: a chain of 1 to %d certificates, and a CA's name of at most %d bytes", attest.MaxChain, maxName)
+		}
+	case *sallyportv1.Hello_Kubernetes:
+		return checkBearer(kindKubernetes, e.Kubernetes)
+	case *sallyportv1.Hello_Oidc:
+		return checkBearer(kindOIDC, e.Oidc)
+	default:
+		return malformed("no evidence: this version accepts %s", strings.Join(kinds, ", "))
+	}
+	return nil
+}
+
+func checkBearer(kind string, t *sallyportv1.BearerToken) error {
+	if n := len(t.GetToken()); n == 0 || n > maxToken || len(t.GetIssuer()) > maxName {
+		return malformed("%s: a token of 1 to %d bytes, and an issuer's name of at most %d", kind, maxToken, maxName)
+	}
+	return nil
 }
 
 func (s *Service) checkClock(m *sallyportv1.Hello) error {
@@ -93,14 +123,18 @@ func (s *Service) checkClock(m *sallyportv1.Hello) error {
 		errClock, skew.Abs().Round(time.Second), word, now.UTC().Format(time.RFC3339))
 }
 
-func readProof(msg *sallyportv1.EnrollRequest) ([]byte, error) {
+func readProof(msg *sallyportv1.EnrollRequest, kind string) (*sallyportv1.Proof, error) {
 	if err := checkMessage(msg); err != nil {
 		return nil, err
 	}
-	if msg.GetProof() == nil {
+	p := msg.GetProof()
+	if p == nil {
 		return nil, malformed("a Challenge is answered by a Proof")
 	}
-	return msg.GetProof().GetSignature(), nil
+	if kind != attest.KindX509Pop && len(p.GetEvidenceSignature()) > 0 {
+		return nil, malformed("an evidence signature belongs to %s only", attest.KindX509Pop)
+	}
+	return p, nil
 }
 
 // readCSR returns the public key of a CSR whose signature proves possession of
@@ -142,7 +176,15 @@ func checkUnknown(m protoreflect.Message) error {
 	}
 	var err error
 	m.Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {
-		if f.Message() != nil && !f.IsList() && !f.IsMap() {
+		switch {
+		case f.IsMap():
+			if f.MapValue().Message() != nil {
+				v.Map().Range(func(_ protoreflect.MapKey, v protoreflect.Value) bool {
+					err = checkUnknown(v.Message())
+					return err == nil
+				})
+			}
+		case f.Message() != nil && !f.IsList(): // no message has a list of messages
 			err = checkUnknown(v.Message())
 		}
 		return err == nil
@@ -150,36 +192,29 @@ func checkUnknown(m protoreflect.Message) error {
 	return err
 }
 
-// evidence is a claim that a Proof by key will make good.
-type evidence struct {
-	kind   string
-	key    *ecdsa.PublicKey
-	accept func(ctx context.Context, origin string) (registry.Instance, error)
-}
-
-// evidence finds out which key must answer the challenge. A join token is not
-// spent before its sidecar has proved that it holds the key to be registered, but
-// nobody without one is waited for.
-func (s *Service) evidence(ctx context.Context, h *hello) (*evidence, error) {
-	if h.token != nil {
-		if err := s.cfg.Registry.CheckToken(ctx, h.token.GetId(), h.token.GetSecret()); err != nil {
-			return nil, err
+// readProcess takes an agent's word for a process.
+func readProcess(p *sallyportv1.Process) (attest.Verified, error) {
+	if n := len(p.GetSelectors()); n == 0 || n > maxSelectors {
+		return attest.Verified{}, malformed("a process with %d selectors: want 1 to %d", n, maxSelectors)
+	}
+	v := attest.Verified{Kind: kindUnix, Selectors: attest.Selectors{}}
+	for key, values := range p.GetSelectors() {
+		if n := len(values.GetValues()); n == 0 || n > maxValues {
+			return attest.Verified{}, malformed("selector %.64q with %d values: want 1 to %d", key, n, maxValues)
 		}
-		return &evidence{attest.KindJoinToken, h.newKey, func(ctx context.Context, origin string) (registry.Instance, error) {
-			return s.cfg.Registry.Redeem(ctx, registry.Redemption{
-				TokenID: h.token.GetId(), Secret: h.token.GetSecret(), Key: h.newKey, Origin: origin,
-			})
-		}}, nil
+		for _, value := range values.GetValues() {
+			if len(value) > maxValue || strings.ContainsFunc(value, func(r rune) bool { return !unicode.IsPrint(r) }) {
+				return attest.Verified{}, malformed("selector %.64q: a value is not one line of at most %d printable bytes", key, maxValue)
+			}
+		}
+		v.Selectors[key] = values.GetValues()
 	}
-	inst, err := s.cfg.Registry.Instance(ctx, h.instance)
-	if err != nil {
-		return nil, err
+	var subject []string
+	for _, key := range []string{"uid", "user", "unit", "path"} {
+		for _, value := range v.Selectors[key] {
+			subject = append(subject, fmt.Sprintf("%s %.128s", key, value))
+		}
 	}
-	key, err := inst.EnrollmentKey()
-	if err != nil {
-		return nil, err
-	}
-	return &evidence{attest.KindEnrollmentKey, key, func(ctx context.Context, _ string) (registry.Instance, error) {
-		return inst, s.cfg.Registry.Entitled(ctx, inst.ID, inst.Name)
-	}}, nil
+	v.Subject = strings.Join(subject, ", ")
+	return v, nil
 }

@@ -8,8 +8,6 @@ package issuer
 
 import (
 	"context"
-	"crypto"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -17,17 +15,14 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc/peer"
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/audit"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/attest"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/ca"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/registry"
-	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
 const (
@@ -44,8 +39,12 @@ type Config struct {
 	CA       *ca.CA
 	Registry *registry.Registry
 	Audit    *audit.Log
-	Now      func() time.Time // nil: time.Now
-	Log      hclog.Logger     // nil: discard
+	// Who may vouch, by the name that the control plane's configuration gives. A
+	// kind for which there is nobody is refused.
+	X509Pop          map[string]*attest.X509Pop
+	Kubernetes, OIDC map[string]TokenVerifier
+	Now              func() time.Time // nil: time.Now
+	Log              hclog.Logger     // nil: discard
 }
 
 // Service implements the Enrollment gRPC service.
@@ -58,9 +57,12 @@ type Service struct {
 	deadline time.Duration
 	silence  time.Duration
 
-	enrolments, renewals limiter
-	refusals             *rate.Limiter // of log lines
-	unlogged             atomic.Uint64 // refusals since the last line
+	// Of newcomers by their evidence, of all others by instance.
+	newcomers, enrolments, renewals, processes limiter
+	outside                                    gate // to those who know what tokens are worth
+
+	refusals *rate.Limiter // of log lines
+	unlogged atomic.Uint64 // refusals since the last line
 }
 
 var _ sallyportv1.EnrollmentServer = (*Service)(nil)
@@ -76,8 +78,11 @@ func New(cfg Config) *Service {
 	return &Service{
 		cfg: cfg, log: cfg.Log.Named("issuer"),
 		slots: make(chan struct{}, maxEnrolling), deadline: enrollDeadline, silence: silence,
+		newcomers:  limiter{rate: rate.Every(newcomerEvery), burst: newcomerBurst},
 		enrolments: limiter{rate: rate.Every(enrollEvery), burst: enrollBurst},
 		renewals:   limiter{rate: renewRate, burst: renewBurst},
+		processes:  limiter{rate: processRate, burst: processBurst},
+		outside:    gate{slots: make(chan struct{}, maxOutside)},
 		refusals:   rate.NewLimiter(refusalRate, refusalRate),
 	}
 }
@@ -126,33 +131,30 @@ func (s *Service) enroll(ctx context.Context, d dialogue, origin string) error {
 	if msg, err = d.recv(ctx); err != nil {
 		return err
 	}
-	signature, err := readProof(msg)
+	proof, err := readProof(msg, ev.kind)
 	if err != nil {
 		return err
 	}
-	if err := attest.CheckProof(ev.key, nonce, h.csr, signature); err != nil {
+	if err := attest.CheckProof(ev.key, nonce, h.csr, proof.GetSignature()); err != nil {
 		return err
 	}
-	inst, err := ev.accept(ctx, origin)
+	inst, err := ev.accept(ctx, answer{origin, nonce, proof.GetEvidenceSignature()})
 	if err != nil {
 		return err
 	}
 	if !s.enrolments.allow(inst.Name, s.cfg.Now()) {
 		return fmt.Errorf("instance %s: %w", inst.Name, errTooOften)
 	}
-	svid, err := s.issue(ctx, inst.ID, inst.Name, h.key)
+	is := issuance{inst: inst, key: h.key, action: audit.ActionIssue, actor: inst.ID.String()}
+	is.detail = fmt.Sprintf("by %s, instance %s", inst.Evidence(), inst.Name)
+	if ev.kind == attest.KindEnrollmentKey {
+		is.detail = fmt.Sprintf("by %s, %s", ev.kind, enrolledBy(inst))
+	}
+	svid, err := s.issue(ctx, is)
 	if err != nil {
 		return err
 	}
-	// Recorded before it is sent: no SVID of an enrolment leaves unrecorded.
-	if err := s.cfg.Audit.Append(ctx, audit.Record{
-		Actor: inst.ID.String(), Origin: origin, Action: audit.ActionIssue, Subject: inst.ID.String(),
-		Detail: "by " + ev.kind + ", instance " + inst.Name, Result: "serial " + svid.serial,
-	}); err != nil {
-		return err
-	}
-	s.log.Info("enrolled", "spiffe_id", inst.ID, "instance", inst.Name, "evidence", ev.kind, "serial", svid.serial, "origin", origin)
-	return d.issued(svid.SVID)
+	return d.issued(svid)
 }
 
 func (s *Service) recvHello(ctx context.Context, d dialogue, origin string) (*sallyportv1.EnrollRequest, error) {
@@ -167,72 +169,11 @@ func (s *Service) refused(message, origin string, reason error) {
 		s.unlogged.Add(1)
 		return
 	}
-	s.log.Info(message, "origin", origin, "reason", reason, "unlogged_before", s.unlogged.Swap(0))
-}
-
-// Renew issues a new SVID to the caller for a fresh key. The instance is the one
-// that the caller's present certificate was issued to (see [ca.Instance]): it is
-// signed by the CA, so an instance cannot renew as another one, and removing an
-// instance ends its renewals whatever it says of itself.
-func (s *Service) Renew(ctx context.Context, req *sallyportv1.RenewRequest) (*sallyportv1.RenewResponse, error) {
-	ctx, cancel := context.WithTimeout(ctx, s.deadline)
-	defer cancel()
-	svid, err := s.renew(ctx, req)
-	if err != nil {
-		s.refused("renewal refused", originOf(ctx), err)
-		return nil, toStatus(err)
+	facts := []any{"origin", origin, "reason", reason, "unlogged_before", s.unlogged.Swap(0)}
+	if none, ok := errors.AsType[*registry.NoMatchError](reason); ok {
+		facts = append(facts, "nearest", none.Nearest())
 	}
-	return &sallyportv1.RenewResponse{Svid: svid.SVID}, nil
-}
-
-func (s *Service) renew(ctx context.Context, req *sallyportv1.RenewRequest) (*issuedSVID, error) {
-	caller, ok := identity.PeerFromContext(ctx)
-	if !ok {
-		return nil, errAnonymous
-	}
-	if now := s.cfg.Now(); now.After(caller.Leaf.NotAfter) { // the connection may be older than that
-		return nil, fmt.Errorf("%w at %s; enrol again", errExpired, caller.Leaf.NotAfter.Format(time.RFC3339))
-	}
-	instance := ca.Instance(caller.Leaf)
-	if !s.renewals.allow(instance, s.cfg.Now()) {
-		return nil, fmt.Errorf("instance %s: %w", instance, errTooOften)
-	}
-	if err := checkMessage(req); err != nil {
-		return nil, err
-	}
-	key, err := readCSR(req.GetCsr())
-	if err != nil {
-		return nil, err
-	}
-	if err := s.cfg.Registry.Entitled(ctx, caller.ID, instance); err != nil {
-		return nil, err
-	}
-	svid, err := s.issue(ctx, caller.ID, instance, key)
-	if err != nil {
-		return nil, err
-	}
-	s.log.Debug("renewed", "spiffe_id", caller.ID, "instance", instance, "serial", svid.serial)
-	return svid, nil
-}
-
-type issuedSVID struct {
-	*sallyportv1.SVID
-	serial string
-}
-
-func (s *Service) issue(ctx context.Context, id spiffeid.ID, instance string, key crypto.PublicKey) (*issuedSVID, error) {
-	issued, err := s.cfg.CA.Issue(ctx, ca.Request{ID: id, Key: key, Instance: instance})
-	if err != nil {
-		return nil, err
-	}
-	msg := &sallyportv1.SVID{SpiffeId: id.String(), Instance: instance, ServerTime: timestamppb.New(s.cfg.Now())}
-	for _, c := range issued.Chain {
-		msg.Chain = append(msg.Chain, c.Raw)
-	}
-	for _, c := range issued.Bundle {
-		msg.Bundle = append(msg.Bundle, c.Raw)
-	}
-	return &issuedSVID{msg, hex.EncodeToString(issued.Chain[0].SerialNumber.Bytes())}, nil
+	s.log.Info(message, facts...)
 }
 
 func originOf(ctx context.Context) string {

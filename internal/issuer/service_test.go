@@ -140,23 +140,32 @@ type attempt struct {
 	key, enrolment *ecdsa.PrivateKey
 	hello          *sallyportv1.Hello
 	proof          func(nonce []byte) []byte
+	possession     func(nonce []byte) []byte // with a certificate; nil: without
 }
 
 func (s *server) tokenAttempt(t *testing.T) *attempt {
 	t.Helper()
-	created, err := s.registry.CreateToken(t.Context(), registry.TokenRequest{Workload: "payments", Actor: "alice"})
+	return s.tokenAttemptFor(t, "payments")
+}
+
+func (s *server) tokenAttemptFor(t *testing.T, workload string) *attempt {
+	t.Helper()
+	created, err := s.registry.CreateToken(t.Context(), registry.TokenRequest{Workload: workload, Actor: "alice"})
 	require.NoError(t, err)
 	tok, err := attest.ParseToken(created.Token)
 	require.NoError(t, err)
+	a := s.newAttempt(t)
+	a.hello.Evidence = &sallyportv1.Hello_JoinToken{JoinToken: &sallyportv1.JoinToken{Id: tok.ID, Secret: tok.Secret[:]}}
+	return a
+}
+
+// newAttempt has no evidence yet.
+func (s *server) newAttempt(t *testing.T) *attempt {
+	t.Helper()
 	a := &attempt{key: newKey(t), enrolment: newKey(t)}
 	pub, err := x509.MarshalPKIXPublicKey(a.enrolment.Public())
 	require.NoError(t, err)
-	a.hello = &sallyportv1.Hello{
-		Evidence:         &sallyportv1.Hello_JoinToken{JoinToken: &sallyportv1.JoinToken{Id: tok.ID, Secret: tok.Secret[:]}},
-		Csr:              newCSR(t, a.key),
-		NewEnrollmentKey: pub,
-		ClientTime:       timestamppb.New(s.now()),
-	}
+	a.hello = &sallyportv1.Hello{Csr: newCSR(t, a.key), NewEnrollmentKey: pub, ClientTime: timestamppb.New(s.now())}
 	return a
 }
 
@@ -197,7 +206,11 @@ func (a *attempt) run(t *testing.T, c sallyportv1.EnrollmentClient) (*sallyportv
 		sig, err = attest.Prove(a.enrolment, nonce, a.hello.GetCsr())
 		require.NoError(t, err)
 	}
-	stream.Send(proofMsg(sig))
+	msg := proofMsg(sig)
+	if a.possession != nil {
+		msg.GetProof().EvidenceSignature = a.possession(nonce)
+	}
+	stream.Send(msg)
 	if resp, err = stream.Recv(); err != nil {
 		return nil, err
 	}
@@ -207,7 +220,11 @@ func (a *attempt) run(t *testing.T, c sallyportv1.EnrollmentClient) (*sallyportv
 // enrolled gives an SVID ready to present.
 func (s *server) enrolled(t *testing.T) (*x509svid.SVID, *sallyportv1.SVID, *attempt) {
 	t.Helper()
-	a := s.tokenAttempt(t)
+	return s.enrolledBy(t, s.tokenAttempt(t))
+}
+
+func (s *server) enrolledBy(t *testing.T, a *attempt) (*x509svid.SVID, *sallyportv1.SVID, *attempt) {
+	t.Helper()
 	msg, err := a.run(t, s.client(t, nil))
 	require.NoError(t, err)
 	return toSVID(t, msg, a.key), msg, a
@@ -540,18 +557,25 @@ func FuzzEnrollMessages(f *testing.F) {
 	require.NoError(f, err)
 	f.Add(newCSR(f, key), pub, "AAAAAAAAAAAAAAAAAAAAAA", make([]byte, 32), "", []byte{})
 	f.Add([]byte{0x30}, []byte{}, "", []byte{}, "0123456789abcdef0123", []byte{0x1a, 0x01, 'x'})
+	f.Add(newCSR(f, key), pub, "x509pop", []byte{0x30}, "", []byte{})
+	f.Add(newCSR(f, key), pub, "oidc", []byte("a.b.c"), "", []byte{})
 	f.Fuzz(func(t *testing.T, csr, enrolKey []byte, id string, secret []byte, instance string, unknown []byte) {
 		h := &sallyportv1.Hello{Csr: csr, NewEnrollmentKey: enrolKey}
 		h.Evidence = &sallyportv1.Hello_JoinToken{JoinToken: &sallyportv1.JoinToken{Id: id, Secret: secret}}
-		if instance != "" {
+		switch {
+		case instance != "":
 			h.Evidence = &sallyportv1.Hello_EnrollmentKey{EnrollmentKey: &sallyportv1.EnrollmentKey{Instance: instance}}
+		case id == "x509pop":
+			h.Evidence = &sallyportv1.Hello_X509Pop{X509Pop: &sallyportv1.X509Pop{Chain: [][]byte{secret}}}
+		case id == "oidc":
+			h.Evidence = &sallyportv1.Hello_Oidc{Oidc: &sallyportv1.BearerToken{Token: string(secret)}}
 		}
 		h.ProtoReflect().SetUnknown(unknown)
 		got, err := s.readHello(helloMsg(h))
 		if err != nil {
 			return
 		}
-		if len(unknown) > 0 || got.key == nil || (got.token == nil) == (got.instance == "") || got.token != nil && got.newKey == nil {
+		if len(unknown) > 0 || got.key == nil || (got.newKey == nil) != (instance != "") {
 			t.Errorf("accepted half a Hello: %+v", got)
 		}
 		if ca.CheckKey(got.key) != nil || len(csr) > maxCSR {
@@ -562,7 +586,7 @@ func FuzzEnrollMessages(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if _, err := ev.accept(t.Context(), ""); err == nil {
+		if _, err := ev.accept(t.Context(), answer{}); err == nil {
 			t.Error("accepted evidence that was never given out")
 		}
 	})

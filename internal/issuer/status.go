@@ -19,6 +19,7 @@ var (
 	errAnonymous = errors.New("renewing needs an SVID; enrol first")
 	errExpired   = errors.New("the SVID of this connection expired")
 	errClock     = errors.New("clock skew")
+	errConfig    = errors.New("this evidence cannot be checked here")
 )
 
 func malformed(format string, args ...any) error {
@@ -37,14 +38,14 @@ func toStatus(err error) error {
 		cause []error
 	}{
 		{codes.InvalidArgument, []error{errMalformed}},
-		{codes.FailedPrecondition, []error{errClock}},
+		{codes.FailedPrecondition, []error{errClock, errConfig, registry.ErrAmbiguous}},
 		{codes.ResourceExhausted, []error{errBusy, errTooOften}},
-		{codes.Unavailable, []error{registry.ErrNotReady}},
+		{codes.Unavailable, []error{registry.ErrNotReady, attest.ErrUnreachable}},
 		{codes.Unauthenticated, []error{
 			errAnonymous, errExpired, attest.ErrBadProof, registry.ErrUnknownToken, registry.ErrTokenUsed,
-			registry.ErrTokenExpired, registry.ErrUnknownInstance,
+			registry.ErrTokenExpired, registry.ErrUnknownInstance, registry.ErrEvidenceUsed, attest.ErrBadEvidence,
 		}},
-		{codes.PermissionDenied, []error{registry.ErrUnknownWorkload, registry.ErrNotAttested}},
+		{codes.PermissionDenied, []error{registry.ErrUnknownWorkload, registry.ErrNotAttested, registry.ErrNoMatch, registry.ErrVouched}},
 		{codes.DeadlineExceeded, []error{context.DeadlineExceeded}},
 		{codes.Canceled, []error{context.Canceled}},
 	} {
