@@ -183,6 +183,14 @@ func TestD8EveryRPCRefuses(t *testing.T) {
 			_, err := c.IssueFor(ctx, &sallyportv1.IssueForRequest{Csr: csr, Process: process("1000")})
 			return err
 		},
+		"IssueJWT": func(ctx context.Context, c sallyportv1.EnrollmentClient) error {
+			_, err := c.IssueJWT(ctx, &sallyportv1.IssueJWTRequest{Audience: []string{"vault"}})
+			return err
+		},
+		"IssueJWT for a process": func(ctx context.Context, c sallyportv1.EnrollmentClient) error {
+			_, err := c.IssueJWT(ctx, &sallyportv1.IssueJWTRequest{Audience: []string{"vault"}, Process: process("1000")})
+			return err
+		},
 	}
 	for name, call := range rpcs {
 		require.NoError(t, call(t.Context(), h.client(t, h.agent)), name)

@@ -159,12 +159,14 @@ func readCSR(der []byte) (crypto.PublicKey, error) {
 
 // checkMessage refuses messages that are too large and fields that this version
 // does not know: a client that relies on them must not be half understood.
-func checkMessage(m proto.Message) error {
+func checkMessage(m proto.Message) error { return checkMessageUpTo(m, MaxMessage) }
+
+func checkMessageUpTo(m proto.Message, limit int) error {
 	if m == nil || !m.ProtoReflect().IsValid() {
 		return malformed("no message")
 	}
-	if n := proto.Size(m); n > MaxMessage {
-		return malformed("message of %d bytes: at most %d", n, MaxMessage)
+	if n := proto.Size(m); n > limit {
+		return malformed("message of %d bytes: at most %d", n, limit)
 	}
 	return checkUnknown(m.ProtoReflect())
 }
