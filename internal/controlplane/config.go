@@ -35,6 +35,7 @@ type Config struct {
 	PolicyDir string   `yaml:"policyDir"`
 	Etcd      Etcd     `yaml:"etcd"`
 	Announce  Announce `yaml:"announce"`
+	Attest    Attest   `yaml:"attest"`
 	CA        CA       `yaml:"ca"`
 	Log       Log      `yaml:"log"`
 }
@@ -88,7 +89,8 @@ func LoadConfig(path string) (Config, error) {
 		return Config{}, err
 	}
 	dir := filepath.Dir(path)
-	for _, p := range []*string{&c.DataDir, &c.AdminSocket, &c.PolicyDir, &c.Etcd.CAFile, &c.Etcd.CertFile, &c.Etcd.KeyFile} {
+	files := []*string{&c.DataDir, &c.AdminSocket, &c.PolicyDir, &c.Etcd.CAFile, &c.Etcd.CertFile, &c.Etcd.KeyFile}
+	for _, p := range append(files, c.Attest.files()...) {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(dir, *p)
 		}
@@ -156,6 +158,9 @@ func (c Config) Validate() error {
 	}
 	if (c.Etcd.CertFile == "") != (c.Etcd.KeyFile == "") {
 		errs = append(errs, errors.New("etcd: certFile and keyFile go together"))
+	}
+	if err := c.Attest.validate(); err != nil {
+		errs = append(errs, err)
 	}
 	if hclog.LevelFromString(c.Log.Level) == hclog.NoLevel {
 		errs = append(errs, fmt.Errorf("log.level %q: want debug, info, warn or error", c.Log.Level))

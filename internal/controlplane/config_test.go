@@ -13,6 +13,7 @@ import (
 
 	"github.com/sallyport-mesh/sallyport/internal/configfile"
 	"github.com/sallyport-mesh/sallyport/internal/controlplane"
+	"github.com/sallyport-mesh/sallyport/internal/issuer/attest"
 )
 
 func TestLoadConfig(t *testing.T) {
@@ -65,8 +66,13 @@ func TestValidateNamesTheKey(t *testing.T) {
 		"ca.svidTTL":         func(c *controlplane.Config) { c.CA.SVIDTTL = time.Millisecond },
 		"ca.intermediateTTL": func(c *controlplane.Config) { c.CA.IntermediateTTL = time.Hour },
 		"ca.rootTTL":         func(c *controlplane.Config) { c.CA.RootTTL = 24 * time.Hour },
-		"log.level":          func(c *controlplane.Config) { c.Log.Level = "chatty" },
-		"log.format":         func(c *controlplane.Config) { c.Log.Format = "xml" },
+		"attest.x509pop[1].name \"factory\": is there twice": func(c *controlplane.Config) {
+			c.Attest.X509Pop = []attest.X509PopConfig{{Name: "factory", CAFile: "x"}, {Name: "factory", CAFile: "y"}}
+		},
+		"attest.x509pop[0].name":   func(c *controlplane.Config) { c.Attest.X509Pop = []attest.X509PopConfig{{Name: "A", CAFile: "x"}} },
+		"attest.x509pop[0].caFile": func(c *controlplane.Config) { c.Attest.X509Pop = []attest.X509PopConfig{{Name: "a"}} },
+		"log.level":                func(c *controlplane.Config) { c.Log.Level = "chatty" },
+		"log.format":               func(c *controlplane.Config) { c.Log.Format = "xml" },
 	} {
 		c := controlplane.Dev().WithDefaults()
 		require.NoError(t, c.Validate())

@@ -32,7 +32,6 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/audit"
 	"github.com/sallyport-mesh/sallyport/internal/catalog"
 	"github.com/sallyport-mesh/sallyport/internal/insight"
-	"github.com/sallyport-mesh/sallyport/internal/issuer"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/ca"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/registry"
 	"github.com/sallyport-mesh/sallyport/internal/store"
@@ -73,6 +72,8 @@ type ControlPlane struct {
 	metrics    *prometheus.Registry
 	passed     atomic.Bool // readiness was reached once
 
+	verifiers verifiers // of evidence
+
 	grpcListener, metricsListener, adminListener net.Listener
 }
 
@@ -89,6 +90,9 @@ func New(ctx context.Context, cfg Config, opts Options) (_ *ControlPlane, err er
 		return nil, err
 	}
 	if c.store, err = c.openStore(ctx); err != nil {
+		return nil, err
+	}
+	if err := c.openVerifiers(); err != nil {
 		return nil, err
 	}
 	if err := c.openIssuer(ctx); err != nil {
@@ -152,7 +156,9 @@ func (c *ControlPlane) build() {
 	c.metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	c.health = admin.NewHealth(now, componentPolicy, componentXDS)
 	c.audit = audit.New(c.store, now)
-	c.registry = registry.New(registry.Config{Store: c.store, Audit: c.audit, RootHash: c.ca.RootHash, Now: now, Log: c.log})
+	c.registry = registry.New(registry.Config{
+		Store: c.store, Audit: c.audit, RootHash: c.ca.RootHash, Issuers: c.verifiers.count(), Now: now, Log: c.log,
+	})
 	c.catalog = catalog.New(catalog.Config{Store: c.store, Audit: c.audit, TrustDomain: td, Now: now, Log: c.log.Named("catalog")})
 	c.flows = insight.New(insight.Config{Registry: c.metrics, Log: c.log.Named("flows")})
 	c.xds = xds.NewServer(xds.ServerConfig{
@@ -209,7 +215,7 @@ func (c *ControlPlane) grpcServer() *grpc.Server {
 	s := grpc.NewServer(append(networkServerOptions(),
 		grpc.Creds(serverCredentials(identity.TLSConfig{Source: c.ca.ServerSVID(), Now: c.opts.Now})),
 		grpc.ChainUnaryInterceptor(c.auth.unary), grpc.ChainStreamInterceptor(c.auth.stream))...)
-	sallyportv1.RegisterEnrollmentServer(s, issuer.New(issuer.Config{CA: c.ca, Registry: c.registry, Audit: c.audit, Now: c.opts.Now, Log: c.log}))
+	sallyportv1.RegisterEnrollmentServer(s, c.issuerService())
 	sallyportv1.RegisterAnnouncerServer(s, c.announcer)
 	discoveryv3.RegisterAggregatedDiscoveryServiceServer(s, c.xds)
 	accesslogv3.RegisterAccessLogServiceServer(s, c.flows)

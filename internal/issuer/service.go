@@ -34,11 +34,10 @@ const (
 	maxEnrolling = 512
 )
 
-// Config configures a [Service]. CA, Registry and Audit are required.
+// Config configures a [Service]. CA and Registry are required.
 type Config struct {
 	CA       *ca.CA
 	Registry *registry.Registry
-	Audit    *audit.Log
 	// Who may vouch, by the name that the control plane's configuration gives. A
 	// kind for which there is nobody is refused.
 	X509Pop          map[string]*attest.X509Pop

@@ -72,7 +72,7 @@ func newServer(t testing.TB) *server {
 	s.audit = audit.New(mem, s.now)
 	s.registry = registry.New(registry.Config{Store: mem, Audit: s.audit, RootHash: authority.RootHash, Now: s.now})
 	s.registry.SetWorkloads([]policy.CompiledWorkload{workload("payments"), workload("orders")})
-	s.Service = New(Config{CA: authority, Registry: s.registry, Audit: s.audit, Now: s.now})
+	s.Service = New(Config{CA: authority, Registry: s.registry, Now: s.now})
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	s.addr = lis.Addr().String()

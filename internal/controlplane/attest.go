@@ -1,0 +1,81 @@
+package controlplane
+
+import (
+	"errors"
+	"fmt"
+	"regexp"
+
+	"github.com/sallyport-mesh/sallyport/internal/issuer"
+	"github.com/sallyport-mesh/sallyport/internal/issuer/attest"
+	"github.com/sallyport-mesh/sallyport/pkg/policy"
+)
+
+// Attest names who may vouch for workloads, besides operators with their join
+// tokens. A kind of which nobody is named is refused.
+type Attest struct {
+	X509Pop []attest.X509PopConfig `yaml:"x509pop"`
+}
+
+// issuerName is what a Workload can name: a lower-case DNS label.
+var issuerName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
+// files gives the paths that are relative to the configuration file.
+func (a *Attest) files() []*string {
+	var out []*string
+	for i := range a.X509Pop {
+		out = append(out, &a.X509Pop[i].CAFile)
+	}
+	return out
+}
+
+func (a Attest) validate() error {
+	var errs []error
+	taken := map[string]bool{}
+	name := func(kind string, i int, name string) string {
+		key := fmt.Sprintf("attest.%s[%d]", kind, i)
+		switch {
+		case !issuerName.MatchString(name):
+			errs = append(errs, fmt.Errorf("%s.name %q: want a name of a-z, 0-9 and -, at most 63, by which Workloads refer to it", key, name))
+		case taken[kind+"/"+name]:
+			errs = append(errs, fmt.Errorf("%s.name %q: is there twice", key, name))
+		}
+		taken[kind+"/"+name] = true
+		return key
+	}
+	for i, c := range a.X509Pop {
+		if key := name(policy.X509Pop, i, c.Name); c.CAFile == "" {
+			errs = append(errs, fmt.Errorf("%s.caFile: required", key))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// verifiers are what Attest describes, each by its name.
+type verifiers struct {
+	x509pop map[string]*attest.X509Pop
+}
+
+// openVerifiers reads the files that the configuration names.
+func (c *ControlPlane) openVerifiers() error {
+	v := &c.verifiers
+	v.x509pop = map[string]*attest.X509Pop{}
+	for i, cfg := range c.cfg.Attest.X509Pop {
+		cfg.Now = c.opts.Now
+		var err error
+		if v.x509pop[cfg.Name], err = attest.NewX509Pop(cfg); err != nil {
+			return fmt.Errorf("attest.x509pop[%d]: %w", i, err)
+		}
+	}
+	return nil
+}
+
+// count says how many issuers of each kind there are, for Workloads that name none.
+func (v verifiers) count() map[string]int {
+	return map[string]int{policy.X509Pop: len(v.x509pop)}
+}
+
+func (c *ControlPlane) issuerService() *issuer.Service {
+	return issuer.New(issuer.Config{
+		CA: c.ca, Registry: c.registry, X509Pop: c.verifiers.x509pop, Now: c.opts.Now, Log: c.log,
+	})
+}
