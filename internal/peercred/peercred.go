@@ -1,6 +1,7 @@
-// Package peercred tells which user is on the other end of a local connection:
+// Package peercred tells who is on the other end of a local connection: the user,
 // by SO_PEERCRED for Unix sockets, by sock_diag for TCP connections within this
-// network namespace.
+// network namespace; of Unix sockets also the process, its executable, unit and
+// container.
 //
 // It answers who; whether that one may come in is its caller's decision. Every
 // doubt is an error. Users outside this process's user namespace all appear as

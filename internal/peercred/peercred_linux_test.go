@@ -32,6 +32,9 @@ func TestMain(m *testing.M) {
 		_, _ = io.Copy(io.Discard, c)
 		os.Exit(0)
 	}
+	if role := os.Getenv(roleEnv); role != "" {
+		os.Exit(playRole(role))
+	}
 	goleak.VerifyTestMain(m)
 }
 

@@ -1,0 +1,155 @@
+package peercred
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"sync"
+)
+
+// ErrGone says that a process has ended, or that its number belongs to another
+// one by now.
+var ErrGone = errors.New("the process has ended")
+
+// Process is one process, looked up once and pinned: what it says is true of the
+// very process that connected, even if its number is given to another meanwhile.
+// It is what the process was at that moment; a process may change its executable
+// at any time after.
+type Process struct {
+	PID        int32
+	UID, GID   uint32   // effective; of a connection, when it connected
+	Groups     []uint32 // supplementary
+	User       string   // name of UID; "" if it has none here
+	GroupNames []string // of GID and Groups, those that have one here
+	Path       string   // of the executable, as the process's own mount namespace has it
+	SHA256     string   // of the executable, lower-case hex
+	Cgroup     string   // path; of version 1 in the hierarchy of systemd or the first that has one
+	Unit       string   // systemd unit of the system manager
+	Container  string   // id of 64 hex digits, as Docker, containerd, CRI-O and Podman give
+	Missing    []string // what could not be read, and why
+
+	handle
+}
+
+// Inspector looks up processes. It remembers the hashes of executables. The zero
+// value is ready; its methods may be called at the same time.
+type Inspector struct {
+	mu     sync.Mutex
+	hashes map[fileKey]string // guarded by mu :: file → SHA-256
+}
+
+// fileKey names the content of a file: a file that was written to is another one.
+type fileKey struct {
+	dev, ino     uint64
+	size         int64
+	mtime, ctime int64 // nanoseconds
+}
+
+const (
+	maxHashes = 1024      // remembered at once
+	maxExe    = 512 << 20 // bytes of an executable that is hashed
+	maxProc   = 64 << 10  // bytes of a file below /proc
+)
+
+// parseStatus reads Uid, Gid and Groups of /proc/PID/status (proc(5)).
+func parseStatus(text string) (uid, gid uint32, groups []uint32, err error) {
+	found := 0
+	for line := range strings.Lines(text) {
+		key, value, _ := strings.Cut(strings.TrimSpace(line), ":")
+		fields := strings.Fields(value)
+		switch key {
+		case "Uid", "Gid":
+			if len(fields) != 4 {
+				return 0, 0, nil, fmt.Errorf("status: %s has %d numbers", key, len(fields))
+			}
+			n, err := strconv.ParseUint(fields[1], 10, 32) // the effective one
+			if err != nil {
+				return 0, 0, nil, fmt.Errorf("status: %s: %w", key, err)
+			}
+			if key == "Uid" {
+				uid = uint32(n)
+			} else {
+				gid = uint32(n)
+			}
+			found++
+		case "Groups":
+			for _, f := range fields {
+				n, err := strconv.ParseUint(f, 10, 32)
+				if err != nil {
+					return 0, 0, nil, fmt.Errorf("status: Groups: %w", err)
+				}
+				groups = append(groups, uint32(n))
+			}
+			found++
+		}
+	}
+	if found != 3 {
+		return 0, 0, nil, errors.New("status: Uid, Gid or Groups is missing")
+	}
+	return uid, gid, groups, nil
+}
+
+// parseCgroup chooses one path of /proc/PID/cgroup (cgroups(7)): that of version
+// 2, else of systemd's hierarchy, else the first; one below the root before the
+// root itself.
+func parseCgroup(text string) string {
+	best, rank := "", 0
+	for line := range strings.Lines(text) {
+		parts := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
+		if len(parts) != 3 || !strings.HasPrefix(parts[2], "/") {
+			continue
+		}
+		r := 1
+		switch {
+		case parts[0] == "0" && parts[1] == "":
+			r = 3
+		case parts[1] == "name=systemd":
+			r = 2
+		}
+		if parts[2] != "/" {
+			r += 3
+		}
+		if r > rank {
+			best, rank = parts[2], r
+		}
+	}
+	return best
+}
+
+// unitOf gives the first service or scope of a path. Whoever runs a service may
+// name what lies below it as it likes, so nothing below counts.
+func unitOf(cgroup string) string {
+	for seg := range strings.SplitSeq(cgroup, "/") {
+		if strings.HasSuffix(seg, ".service") || strings.HasSuffix(seg, ".scope") {
+			return seg
+		}
+	}
+	return ""
+}
+
+// containerOf gives the container that a path names, as far as no service could
+// have made that name up.
+func containerOf(cgroup string) string {
+	before := ""
+	for seg := range strings.SplitSeq(cgroup, "/") {
+		if strings.HasSuffix(seg, ".service") {
+			return ""
+		}
+		id := strings.TrimSuffix(seg, ".scope")
+		scope := id != seg
+		for _, runtime := range []string{"docker-", "cri-containerd-", "crio-", "libpod-"} {
+			if rest, ok := strings.CutPrefix(id, runtime); ok && scope && isContainerID(rest) {
+				return rest
+			}
+		}
+		inside := before == "docker" || before == "libpod_parent" || strings.HasPrefix(before, "libpod-") || strings.HasPrefix(before, "pod")
+		if !scope && inside && isContainerID(seg) {
+			return seg
+		}
+		before = seg
+	}
+	return ""
+}
+
+func isContainerID(s string) bool { return len(s) == 64 && strings.Trim(s, "0123456789abcdef") == "" }
