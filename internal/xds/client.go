@@ -191,7 +191,7 @@ func (c *Client) merge(old *heldType, resp *discoveryv3.DeltaDiscoveryResponse) 
 	return next, changed, nil
 }
 
-// asked lets every listener, rules resource and secret through: parseResource
+// asked lets every listener, rules resource, secret and list through: parseResource
 // accepts nobody else's.
 func (c *Client) asked(typeURL, name string) bool {
 	return kindOf(typeURL) != Endpoints || len(c.wanted) == 0 || c.wanted[name]
@@ -208,6 +208,9 @@ func (c *Client) state(kind Kind, rev Revision) (u Update, ready bool, err error
 			return u, false, fmt.Errorf("no trust bundle for %s", c.cfg.Node.TrustDomain())
 		}
 		return u, true, nil
+	case Revocations:
+		u.Revocations = revocationsOf(c.cfg.Node, c.held[RevocationType].values)
+		return u, u.Revocations != nil || c.applied[Revocations], nil
 	case Endpoints:
 		clusters, assignments := c.held[ClusterType], c.held[EndpointType]
 		u.Services = servicesOf(clusters.values, assignments.values)

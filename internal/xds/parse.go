@@ -20,6 +20,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/structpb"
 
+	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
 
@@ -58,7 +59,7 @@ func parseView(in Resources) (View, error) {
 			}
 		}
 	}
-	v := View{Node: node, Rev: in.Rev, Bundles: bundlesOf(got[SecretType])}
+	v := View{Node: node, Rev: in.Rev, Bundles: bundlesOf(got[SecretType]), Revocations: revocationsOf(node, got[RevocationType])}
 	for _, s := range servicesOf(got[ClusterType], got[EndpointType]) {
 		v.Services = append(v.Services, s)
 	}
@@ -76,7 +77,8 @@ func parseView(in Resources) (View, error) {
 
 // parseResource reads one resource: a Secret as []*x509.Certificate or JWT keys
 // by key id, a Cluster as Service without endpoints, a ClusterLoadAssignment as []Endpoint, a
-// Listener as []policy.Port, a TypedExtensionConfig as rbacRules.
+// Listener as []policy.Port, a TypedExtensionConfig as rbacRules, a
+// SignedRevocationList as []byte.
 func parseResource(node spiffeid.ID, typeURL string, r *Resource) (any, error) {
 	m := newMessage(typeURL)
 	if m == nil {
@@ -104,6 +106,8 @@ func parseResource(node spiffeid.ID, typeURL string, r *Resource) (any, error) {
 	case *corev3.TypedExtensionConfig:
 		name = m.GetName()
 		out, err = parseRBAC(node, m)
+	case *sallyportv1.SignedRevocationList:
+		name, out, err = parseRevocations(node, m, r.GetResource().GetValue())
 	}
 	if err == nil && name != r.GetName() {
 		err = fmt.Errorf("it names itself %.100q", name)

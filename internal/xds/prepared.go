@@ -22,6 +22,8 @@ type prepared struct {
 	bundles  map[spiffeid.TrustDomain]*bundleForm
 	secrets  map[string]*Resource // :: name → wire form of a bundle, or of a part
 	slices   *sliceCache
+
+	revocations *Resource // nil: there is no list
 }
 
 type serviceForm struct {
@@ -71,6 +73,10 @@ func prepare(snap *Snapshot, old *prepared, log hclog.Logger) *prepared {
 		for _, r := range form.resources {
 			p.secrets[r.Name] = r
 		}
+	}
+	var err error
+	if p.revocations, err = formOfRevocations(snap.Revocations, old.revocations); err != nil {
+		log.Error("revocation list kept in its last good form", "error", err)
 	}
 	return p
 }

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
@@ -27,6 +28,8 @@ const (
 	SecretType    = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 	ExtensionType = "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig"
 
+	RevocationType = "type.googleapis.com/sallyport.v1.SignedRevocationList"
+
 	rbacType        = "type.googleapis.com/envoy.extensions.filters.network.rbac.v3.RBAC"
 	upstreamTLSType = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
 )
@@ -34,8 +37,12 @@ const (
 // wireTypes returns every type that is served, in the order of sending: trust
 // first, then destinations, then what the node itself lets in.
 func wireTypes() []string {
-	return []string{SecretType, ClusterType, EndpointType, ListenerType, ExtensionType}
+	return []string{SecretType, RevocationType, ClusterType, EndpointType, ListenerType, ExtensionType}
 }
+
+// optionalType reports whether a node may do without a type: those of before the
+// revocation list do not ask for it.
+func optionalType(typeURL string) bool { return typeURL == RevocationType }
 
 // Kind is a part of a view that is applied, acknowledged and refused by itself,
 // so that a bad rule never holds back endpoints or trust.
@@ -43,15 +50,18 @@ type Kind string
 
 // Kinds and the resource types that make them up.
 const (
-	Bundles   Kind = "bundles"   // Secret
-	Endpoints Kind = "endpoints" // Cluster, ClusterLoadAssignment
-	Rules     Kind = "rules"     // Listener, TypedExtensionConfig
+	Bundles     Kind = "bundles"     // Secret
+	Revocations Kind = "revocations" // SignedRevocationList
+	Endpoints   Kind = "endpoints"   // Cluster, ClusterLoadAssignment
+	Rules       Kind = "rules"       // Listener, TypedExtensionConfig
 )
 
 func kindOf(typeURL string) Kind {
 	switch typeURL {
 	case SecretType:
 		return Bundles
+	case RevocationType:
+		return Revocations
 	case ClusterType, EndpointType:
 		return Endpoints
 	default:
@@ -62,12 +72,15 @@ func kindOf(typeURL string) Kind {
 // Update is the whole state of one kind. Only the fields of its kind are set;
 // whoever receives one may keep it but must not change it.
 type Update struct {
-	Kind     Kind
-	Rev      Revision
-	Bundles  identity.Bundles        // Bundles
-	Services map[spiffeid.ID]Service // Endpoints
-	Rules    *policy.Ruleset         // Rules: what the node lets in
-	Ports    []policy.Port           // Rules: the node's own declared ports
+	Kind    Kind
+	Rev     Revision
+	Bundles identity.Bundles // Bundles
+	// Revocations is the signed list as it came, unchecked; nil where it was
+	// withdrawn. Revocations.
+	Revocations []byte
+	Services    map[spiffeid.ID]Service // Endpoints
+	Rules       *policy.Ruleset         // Rules: what the node lets in
+	Ports       []policy.Port           // Rules: the node's own declared ports
 }
 
 // Resource is one named, versioned resource as it travels. Its version is a
@@ -129,6 +142,8 @@ func newMessage(typeURL string) proto.Message {
 		return &tlsv3.Secret{}
 	case ExtensionType:
 		return &corev3.TypedExtensionConfig{}
+	case RevocationType:
+		return &sallyportv1.SignedRevocationList{}
 	}
 	return nil
 }

@@ -224,8 +224,10 @@ type NodeStatus struct {
 
 	SVIDExpires time.Time // not-after of the certificate that opened the stream
 	Unknown     bool      // its ID is no workload of the newest snapshot: it is sent the empty view
+	Revocations bool      // it has acknowledged the newest revocation list, or there is none
 
-	complete bool // it has asked for all types
+	complete    bool   // it has asked for all that a sidecar needs
+	revocations string // version of the list that it has acknowledged; "" if none
 }
 
 // Nodes returns the status of every open stream, ordered by ID, instance and
@@ -239,6 +241,7 @@ func (s *Server) Nodes() []NodeStatus {
 		if p != nil {
 			_, known := p.snap.Services[n.ID]
 			n.Unknown = !known
+			n.Revocations = n.revoked(p)
 		}
 		out = append(out, n)
 	}
@@ -263,24 +266,7 @@ func (s *Server) Nodes() []NodeStatus {
 // its opening has not asked for all types is no sidecar's: unless it refuses
 // something it is in none of the three.
 func (s *Server) WaitAcked(ctx context.Context, rev Revision) (acked, pending, nacks []NodeStatus) {
-	wake := make(chan struct{}, 1)
-	s.mu.Lock()
-	s.waiters[wake] = struct{}{}
-	s.mu.Unlock()
-	defer func() {
-		s.mu.Lock()
-		delete(s.waiters, wake)
-		s.mu.Unlock()
-	}()
-	late := time.NewTicker(max(s.cfg.SubscribeTimeout/10, time.Millisecond)) // a stream becomes late without an event
-	defer late.Stop()
-	for !s.settled(rev) && ctx.Err() == nil {
-		select {
-		case <-ctx.Done():
-		case <-wake:
-		case <-late.C:
-		}
-	}
+	s.wait(ctx, func() bool { return s.settled(rev) })
 	for _, n := range s.Nodes() {
 		switch {
 		case n.refused(rev):
@@ -292,6 +278,29 @@ func (s *Server) WaitAcked(ctx context.Context, rev Revision) (acked, pending, n
 		}
 	}
 	return acked, pending, nacks
+}
+
+// wait asks over is anew after each change of a status, until it is true or ctx is
+// done.
+func (s *Server) wait(ctx context.Context, over func() bool) {
+	wake := make(chan struct{}, 1)
+	s.mu.Lock()
+	s.waiters[wake] = struct{}{}
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		delete(s.waiters, wake)
+		s.mu.Unlock()
+	}()
+	late := time.NewTicker(max(s.cfg.SubscribeTimeout/10, time.Millisecond)) // a stream becomes late without an event
+	defer late.Stop()
+	for !over() && ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+		case <-wake:
+		case <-late.C:
+		}
+	}
 }
 
 // settled reports whether rev is out and no open stream still owes an answer. It
@@ -312,8 +321,13 @@ func (s *Server) settled(rev Revision) bool {
 
 // owes reports whether rev waits for an answer of n.
 func (s *Server) owes(n NodeStatus, rev Revision) bool {
-	late := !n.complete && s.cfg.Now().Sub(n.Connected) >= s.cfg.SubscribeTimeout
-	return !late && !n.refused(rev) && !n.holds(rev)
+	return !s.late(n) && !n.refused(rev) && !n.holds(rev)
+}
+
+// late reports whether n has had the time to ask for all that a sidecar needs, and
+// has not.
+func (s *Server) late(n NodeStatus) bool {
+	return !n.complete && s.cfg.Now().Sub(n.Connected) >= s.cfg.SubscribeTimeout
 }
 
 func (n NodeStatus) refused(rev Revision) bool { return n.Nack != "" && !n.NackRev.Less(rev) }

@@ -140,7 +140,7 @@ func (st *stream) request(r *discoveryv3.DeltaDiscoveryRequest) error {
 		t = newSubscription(r.GetTypeUrl())
 		st.subs[r.GetTypeUrl()] = t
 		st.mu.Lock()
-		st.status.complete = len(st.subs) == len(wireTypes())
+		st.status.complete = st.complete()
 		st.mu.Unlock()
 	}
 	nacked := t.nack
@@ -150,6 +150,16 @@ func (st *stream) request(r *discoveryv3.DeltaDiscoveryRequest) error {
 	}
 	t.change(r, !known)
 	return st.checkNames()
+}
+
+// complete reports whether the node has asked for all that a sidecar needs.
+func (st *stream) complete() bool {
+	for _, typeURL := range wireTypes() {
+		if st.subs[typeURL] == nil && !optionalType(typeURL) {
+			return false
+		}
+	}
+	return true
 }
 
 // checkNames bounds what a stream makes the server remember: names asked for,
@@ -255,21 +265,22 @@ func (st *stream) deadline() (time.Duration, error) {
 }
 
 // report publishes the node's status. A node has come as far as the type that
-// is furthest behind, and nowhere before it has asked for all of them.
+// is furthest behind, and nowhere before it has asked for all that it needs.
 func (st *stream) report() {
 	st.mu.Lock()
 	old := st.status
 	next := old
 	next.Acked, next.Nack, next.NackRev = Revision{}, "", Revision{}
-	for i, typeURL := range wireTypes() {
-		t := st.subs[typeURL]
-		if t == nil {
-			next.Acked = Revision{}
-			break
+	if st.complete() {
+		next.Acked = st.subs[SecretType].acked
+		for _, t := range st.subs {
+			if t.acked.Less(next.Acked) {
+				next.Acked = t.acked
+			}
 		}
-		if i == 0 || t.acked.Less(next.Acked) {
-			next.Acked = t.acked
-		}
+	}
+	if t := st.subs[RevocationType]; t != nil {
+		next.revocations = t.have[st.peer.ID.TrustDomain().IDString()]
 	}
 	for _, typeURL := range wireTypes() {
 		if t := st.subs[typeURL]; t != nil && t.nack != "" && next.Nack == "" {

@@ -69,6 +69,10 @@ func (v nodeView) find(typeURL, name string) *Resource {
 		}
 	case SecretType:
 		return v.p.secrets[name]
+	case RevocationType:
+		if r := v.p.revocations; r != nil && r.Name == name {
+			return r
+		}
 	default:
 		for _, r := range v.slice.resources[typeURL] {
 			if r.Name == name {
@@ -86,6 +90,11 @@ func (v nodeView) everything(typeURL string) []string {
 		return v.slice.reach
 	case SecretType:
 		return sortedKeys(v.p.secrets)
+	case RevocationType:
+		if v.p.revocations == nil {
+			return nil
+		}
+		return []string{v.p.revocations.Name}
 	default:
 		var out []string
 		for _, r := range v.slice.resources[typeURL] {

@@ -49,6 +49,15 @@ func Translate(v View) (Resources, error) {
 		}
 		out.Types[SecretType] = append(out.Types[SecretType], rs...)
 	}
+	if v.Revocations != nil {
+		r, err := revocationResource(v.Revocations)
+		if err == nil && r.Name != v.Node.TrustDomain().IDString() {
+			err = fmt.Errorf("encoding revocation list: it is one of %s, not of %s", r.Name, v.Node.TrustDomain())
+		}
+		if err := add(RevocationType, r, err); err != nil {
+			return Resources{}, err
+		}
+	}
 	for _, s := range v.Services {
 		c, err1 := clusterResource(s)
 		e, err2 := endpointResource(s)

@@ -159,7 +159,7 @@ func envoyMatches(p *rbacv3.Policy, q policy.Request) bool {
 func TestParseTranslateKeepsView(t *testing.T) {
 	other := spiffeid.RequireTrustDomainFromString("other.example")
 	want := View{
-		Node: id("/shop/payments"), Rev: Revision{3, 42},
+		Node: id("/shop/payments"), Rev: Revision{3, 42}, Revocations: envelope(t, shop, 7),
 		Ports: []policy.Port{{Name: "http", Number: 8080, Protocol: policy.HTTP}, {Name: "admin", Number: 1, Protocol: policy.TCP}},
 		Services: []Service{
 			{ID: id("/a"), Ports: []policy.Port{{Name: "g", Number: 65535, Protocol: policy.GRPC}}, Endpoints: []Endpoint{
@@ -425,7 +425,7 @@ func FuzzParse(f *testing.F) {
 		in.Types[typeURL][0] = r
 		v, err := Parse(in)
 		switch {
-		case err != nil && (v.Rules != nil || v.Services != nil || v.Bundles != nil):
+		case err != nil && (v.Rules != nil || v.Services != nil || v.Bundles != nil || v.Revocations != nil):
 			t.Fatalf("got a view beside %v", err)
 		case err != nil:
 			return

@@ -67,6 +67,9 @@ type View struct {
 	Ports    []policy.Port   // the node's own declared ports
 	Services []Service       // destinations the node asked for or may reach, ordered by ID
 	Bundles  identity.Bundles
+	// Revocations is the node's own trust domain's signed revocation list; nil:
+	// there is none, and nothing is revoked.
+	Revocations []byte
 }
 
 // Snapshot is the state of the whole mesh at one revision. It is immutable: the
@@ -76,4 +79,6 @@ type Snapshot struct {
 	Rules    *policy.Ruleset
 	Services map[spiffeid.ID]Service // every workload, with or without endpoints
 	Bundles  identity.Bundles
+	// Revocations is as in View. A newer list may come with the same Rev.
+	Revocations []byte
 }
