@@ -19,8 +19,8 @@ import (
 // Reasons for which a live connection is ended from outside.
 var errDrained = errors.New("the sidecar is stopping")
 
-// cutError is the cause of a connection that newer rules deny, or whose peer's
-// issuer newer bundles do not hold.
+// cutError is the cause of a connection that newer rules deny, whose peer's issuer
+// newer bundles do not hold, or whose peer was revoked.
 type cutError struct{ verdict verdict }
 
 func (e *cutError) Error() string {
@@ -38,6 +38,8 @@ type conn struct {
 	start  time.Time
 	cancel context.CancelCauseFunc
 	peer   atomic.Pointer[proof] // nil until the peer is authenticated
+
+	revoked atomic.Bool // cut because of that
 }
 
 // conns is the connections of one side. The zero value is ready.
@@ -45,6 +47,8 @@ type conns struct {
 	mu    sync.Mutex
 	live  map[*conn]struct{} // guarded by mu
 	empty chan struct{}      // guarded by mu; nil unless somebody waits
+
+	revoked atomic.Uint64 // connections cut because their peer was revoked
 }
 
 // add registers a connection and returns the context that ends with it.

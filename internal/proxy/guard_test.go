@@ -28,7 +28,8 @@ func (w *world) limited(cfg InboundConfig) *server {
 	w.t.Helper()
 	s := &server{views: &Views{}, flows: flow.NewRing(10)}
 	cfg.Listen, cfg.Apps, cfg.Source = "127.0.0.1:0", []App{w.app("tcp", echo)}, w.source(payments)
-	cfg.Views, cfg.Sink, cfg.Log = s.views, s.flows, hclog.NewNullLogger()
+	s.book = w.book(cfg.Source)
+	cfg.Views, cfg.Book, cfg.Sink, cfg.Log = s.views, s.book, s.flows, hclog.NewNullLogger()
 	in, err := ListenInbound(cfg)
 	require.NoError(w.t, err)
 	s.Inbound = in
@@ -136,7 +137,9 @@ func TestLiveConnectionsFollowTheBundles(t *testing.T) {
 func TestBundlesChangeBeforeTheRequest(t *testing.T) {
 	w := newWorld(t)
 	s := w.limited(InboundConfig{})
-	p := &proof{chain: w.ca.svid(t, orders).Certificates, at: time.Now(), trust: s.views.Load().trust}
+	svid := w.ca.svid(t, orders)
+	who := identity.Peer{ID: orders, Leaf: svid.Certificates[0], Chain: svid.Certificates}
+	p := &proof{who, time.Now(), s.views.Load().trust}
 	q := policy.Request{Src: orders, Dst: payments, Port: tcpPort.Number}
 	admitted := func() bool {
 		_, c, v := s.admit(t.Context(), q, p)

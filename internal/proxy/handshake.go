@@ -10,6 +10,7 @@ import (
 	"sync"
 	"syscall"
 
+	"github.com/sallyport-mesh/sallyport/internal/revocation"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
@@ -62,6 +63,8 @@ func failureClass(err error) string {
 		return "evicted"
 	case errors.Is(err, errTooMany):
 		return "too-many"
+	case errors.Is(err, revocation.ErrRevoked):
+		return "revoked"
 	case errors.As(err, &verify):
 		return "peer-not-verified"
 	case errors.Is(err, identity.ErrNoIdentity):

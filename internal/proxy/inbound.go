@@ -20,6 +20,7 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/capture"
 	"github.com/sallyport-mesh/sallyport/internal/flow"
 	"github.com/sallyport-mesh/sallyport/internal/relay"
+	"github.com/sallyport-mesh/sallyport/internal/revocation"
 	"github.com/sallyport-mesh/sallyport/internal/tunnel"
 	"github.com/sallyport-mesh/sallyport/internal/xds"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
@@ -47,6 +48,7 @@ type InboundConfig struct {
 	Apps          []App
 	Source        identity.Source
 	Views         *Views
+	Book          *revocation.Book // which peers are revoked; nil: none
 	Sink          flow.Sink
 	Idle          time.Duration // connections on which nothing moves are closed after this; 0: never
 	MaxConns      int           // 0: DefaultMaxConns
@@ -83,6 +85,9 @@ func ListenInbound(cfg InboundConfig) (*Inbound, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	if cfg.Book == nil {
+		cfg.Book = revocation.NewBook(cfg.Source, cfg.Now)
+	}
 	ln, err := capture.Listen(capture.Config{
 		Key: "tunnel.listen", Listen: cfg.Listen, Remote: true, MaxConns: cfg.MaxConns, Log: cfg.Log,
 	})
@@ -91,7 +96,7 @@ func ListenInbound(cfg InboundConfig) (*Inbound, error) {
 	}
 	in := &Inbound{
 		cfg: cfg, ln: ln, served: make(map[string]App),
-		tls:        identity.ServerTLS(identity.TLSConfig{Source: cfg.Source, Now: cfg.Now, NextProtos: []string{alpn}}),
+		tls:        identity.ServerTLS(identity.TLSConfig{Source: cfg.Source, Check: cfg.Book.Check, Now: cfg.Now, NextProtos: []string{alpn}}),
 		handshakes: gate{max: cfg.MaxHandshakes},
 		shares:     shares{max: max(cfg.MaxConns/peerShare, minPeerConns)},
 	}
@@ -100,6 +105,7 @@ func ListenInbound(cfg InboundConfig) (*Inbound, error) {
 	}
 	markVerification(in.tls)
 	cfg.Views.Watch(in.recheck)
+	cfg.Book.Watch(in.recheckRevoked)
 	return in, nil
 }
 
@@ -108,6 +114,9 @@ func (in *Inbound) Addr() net.Addr { return in.ln.Addr() }
 
 // Live returns how many connections are being decided or relayed.
 func (in *Inbound) Live() int { return in.conns.len() }
+
+// Revoked counts connections that were cut because their peer was revoked.
+func (in *Inbound) Revoked() uint64 { return in.conns.revoked.Load() }
 
 // Connections lists live connections, oldest first.
 func (in *Inbound) Connections() []Connection { return in.conns.describe() }
@@ -167,12 +176,18 @@ func (in *Inbound) recheck(v *View, changed xds.Kind) {
 	for _, c := range in.conns.all() {
 		d := v.decide(c.Request)
 		if changed == xds.Bundles && c.distrusted(in.cfg.Source) {
-			d = d.untrusted()
+			d = d.distrust(untrusted)
 		}
 		if !d.allowed() {
 			c.cancel(&cutError{d})
 		}
 	}
+}
+
+// recheckRevoked cuts live connections whose peer is revoked now.
+func (in *Inbound) recheckRevoked(*revocation.List) {
+	v := in.cfg.Views.Load()
+	in.conns.cutRevoked(in.cfg.Book, func(c *conn) verdict { return v.decide(c.Request) })
 }
 
 // serve owns one accepted connection.
@@ -235,24 +250,23 @@ func (in *Inbound) handshake(ctx context.Context, raw net.Conn) (net.Conn, peer,
 	if err := conn.HandshakeContext(ctx); err != nil {
 		return fail(err)
 	}
-	state := conn.ConnectionState()
-	p, err := identity.PeerOf(state)
+	p, err := identity.PeerOf(conn.ConnectionState())
 	if err != nil {
 		return fail(err)
 	}
-	return conn, peer{p.ID, &proof{state.PeerCertificates, in.cfg.Now(), trust}}, nil
+	return conn, peer{p.ID, &proof{p, in.cfg.Now(), trust}}, nil
 }
 
 // admit registers a connection and then decides it, in this order: either the
-// decision sees a new view or the recheck of that view sees the connection, and
+// decision sees a new view or list, or the recheck of that sees the connection, and
 // none slips through between the two. What recheck takes back ends the context
 // with a cutError.
 func (in *Inbound) admit(ctx context.Context, q policy.Request, p *proof) (context.Context, *conn, verdict) {
 	ctx, c := in.conns.add(ctx, flow.Inbound, q, in.cfg.Now())
-	trusted := c.proved(p, in.cfg.Views, in.cfg.Source)
+	why := c.proved(p, judge{in.cfg.Views, in.cfg.Source, in.cfg.Book})
 	v := in.cfg.Views.Load().decide(q)
-	if !trusted {
-		v = v.untrusted()
+	if why != "" {
+		v = v.distrust(why)
 	}
 	return ctx, c, v
 }

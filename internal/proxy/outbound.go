@@ -17,6 +17,7 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/capture"
 	"github.com/sallyport-mesh/sallyport/internal/flow"
 	"github.com/sallyport-mesh/sallyport/internal/relay"
+	"github.com/sallyport-mesh/sallyport/internal/revocation"
 	"github.com/sallyport-mesh/sallyport/internal/tunnel"
 	"github.com/sallyport-mesh/sallyport/internal/xds"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
@@ -47,6 +48,7 @@ type OutboundConfig struct {
 	AllowUIDs []uint32 // who may use the doors
 	Source    identity.Source
 	Views     *Views
+	Book      *revocation.Book // which servers are revoked; nil: none
 	Sink      flow.Sink
 	Idle      time.Duration // connections on which nothing moves are closed after this; 0: never
 	Now       func() time.Time
@@ -69,6 +71,9 @@ func ListenOutbound(cfg OutboundConfig) (*Outbound, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	if cfg.Book == nil {
+		cfg.Book = revocation.NewBook(cfg.Source, cfg.Now)
+	}
 	o := &Outbound{cfg: cfg}
 	for _, d := range cfg.Doors {
 		ln, err := capture.Listen(capture.Config{
@@ -81,6 +86,7 @@ func ListenOutbound(cfg OutboundConfig) (*Outbound, error) {
 		o.doors = append(o.doors, ln)
 	}
 	cfg.Views.Watch(o.recheck)
+	cfg.Book.Watch(o.recheckRevoked)
 	return o, nil
 }
 
@@ -95,6 +101,9 @@ func (o *Outbound) Addrs() []net.Addr {
 
 // Live returns how many connections are being opened or relayed.
 func (o *Outbound) Live() int { return o.conns.len() }
+
+// Revoked counts connections that were cut because the server was revoked.
+func (o *Outbound) Revoked() uint64 { return o.conns.revoked.Load() }
 
 // Connections lists live connections, oldest first.
 func (o *Outbound) Connections() []Connection { return o.conns.describe() }
@@ -147,9 +156,14 @@ func (o *Outbound) recheck(_ *View, changed xds.Kind) {
 	}
 	for _, c := range o.conns.all() {
 		if c.distrusted(o.cfg.Source) {
-			c.cancel(&cutError{verdict{}.untrusted()})
+			c.cancel(&cutError{verdict{}.distrust(untrusted)})
 		}
 	}
+}
+
+// recheckRevoked cuts live connections whose server is revoked now.
+func (o *Outbound) recheckRevoked(*revocation.List) {
+	o.conns.cutRevoked(o.cfg.Book, func(*conn) verdict { return verdict{} })
 }
 
 // Unresolved tells of each door that leads nowhere in the newest view, and what to
@@ -252,8 +266,8 @@ func (o *Outbound) serve(ctx context.Context, local net.Conn, front capture.Fron
 		f.ID = id
 		o.conns.rename(c, id)
 	}
-	if !c.proved(up.proof, o.cfg.Views, o.cfg.Source) {
-		c.cancel(&cutError{verdict{}.untrusted()}) // and the relay ends as it begins
+	if why := c.proved(up.proof, judge{o.cfg.Views, o.cfg.Source, o.cfg.Book}); why != "" {
+		c.cancel(&cutError{verdict{}.distrust(why)}) // and the relay ends as it begins
 	}
 	if err := ask.Answer(nil); err != nil {
 		_, _ = up.stream.Close(), ask.Conn.Close() // both are given up

@@ -72,13 +72,18 @@ func (o *Outbound) attempt(ctx context.Context, d destination, addr netip.AddrPo
 	}
 	trust := o.cfg.Views.Load().trust
 	conn := tls.Client(raw, identity.ClientTLS(
-		identity.TLSConfig{Source: o.cfg.Source, Now: o.cfg.Now, NextProtos: []string{alpn}},
+		identity.TLSConfig{Source: o.cfg.Source, Check: o.cfg.Book.Check, Now: o.cfg.Now, NextProtos: []string{alpn}},
 		identity.ExactPattern(d.Dst)))
 	if err := conn.HandshakeContext(ctx); err != nil {
 		_ = raw.Close()
 		return nil, fmt.Errorf("authenticating: %w", err)
 	}
-	proved := &proof{conn.ConnectionState().PeerCertificates, o.cfg.Now(), trust}
+	server, err := identity.PeerOf(conn.ConnectionState())
+	if err != nil {
+		_ = raw.Close()
+		return nil, fmt.Errorf("authenticating: %w", err)
+	}
+	proved := &proof{server, o.cfg.Now(), trust}
 	session, err := tunnel.Client(ctx, conn, tunnel.Config{})
 	if err != nil {
 		return nil, err

@@ -138,7 +138,7 @@ func (s *Views) Apply(u xds.Update) {
 }
 
 // Ready returns nil once every kind of resource has arrived, else an error that
-// names what is missing.
+// names what is missing. A revocation list need not be there.
 func (s *Views) Ready() error {
 	have := s.Load().revs
 	var missing []string

@@ -23,8 +23,11 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
+	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/flow"
+	"github.com/sallyport-mesh/sallyport/internal/revocation"
 	"github.com/sallyport-mesh/sallyport/internal/xds"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
@@ -101,10 +104,33 @@ func (w *world) source(id spiffeid.ID) *identity.Live {
 	return live
 }
 
+func (w *world) book(source identity.Source) *revocation.Book { return revocation.NewBook(source, nil) }
+
+// revoke signs list number n, which refuses what was issued to ids so far.
+func (w *world) revoke(n int64, ids ...spiffeid.ID) []byte {
+	w.t.Helper()
+	m := &sallyportv1.RevocationList{TrustDomain: td.Name(), Number: n, Issued: timestamppb.Now()}
+	for _, id := range ids {
+		m.Ids = append(m.Ids, &sallyportv1.RevokedID{Path: id.Path(), NotBefore: timestamppb.Now()})
+	}
+	env, err := revocation.Sign(m, w.ca.svid(w.t, spiffeid.RequireFromPath(td, identity.ControlPlanePath)))
+	require.NoError(w.t, err)
+	return env
+}
+
+// offer puts a list in force.
+func offer(t *testing.T, b *revocation.Book, envelope []byte) {
+	t.Helper()
+	newer, err := b.Offer(envelope)
+	require.NoError(t, err)
+	require.True(t, newer)
+}
+
 // server is a sidecar's inbound half.
 type server struct {
 	*Inbound
 	views *Views
+	book  *revocation.Book
 	flows *flow.Ring
 	stop  func()
 }
@@ -121,8 +147,10 @@ func (w *world) serve(id spiffeid.ID, rev int64, rules []policy.Rule, apps ...Ap
 func (w *world) listen(id spiffeid.ID, apps ...App) *server {
 	w.t.Helper()
 	s := &server{views: &Views{}, flows: flow.NewRing(10_000)}
+	source := w.source(id)
+	s.book = w.book(source)
 	in, err := ListenInbound(InboundConfig{
-		Listen: "127.0.0.1:0", Apps: apps, Source: w.source(id), Views: s.views, Sink: s.flows, Log: hclog.NewNullLogger(),
+		Listen: "127.0.0.1:0", Apps: apps, Source: source, Views: s.views, Book: s.book, Sink: s.flows, Log: hclog.NewNullLogger(),
 	})
 	require.NoError(w.t, err)
 	s.Inbound = in
@@ -163,6 +191,7 @@ func (s *server) endpoint(instance string) xds.Endpoint {
 type client struct {
 	*Outbound
 	views *Views
+	book  *revocation.Book
 	flows *flow.Ring
 	stop  func()
 }
@@ -172,9 +201,11 @@ func (w *world) client(id spiffeid.ID, target string, endpoints ...xds.Endpoint)
 	w.t.Helper()
 	c := &client{views: &Views{}, flows: flow.NewRing(10_000)}
 	c.know(endpoints...)
+	source := w.source(id)
+	c.book = w.book(source)
 	out, err := ListenOutbound(OutboundConfig{
 		Doors:     []Door{{Key: "outbound[0].listen", Listen: "127.0.0.1:0", To: target}},
-		AllowUIDs: []uint32{uint32(os.Geteuid())}, Source: w.source(id), Views: c.views, Sink: c.flows, Log: hclog.NewNullLogger(),
+		AllowUIDs: []uint32{uint32(os.Geteuid())}, Source: source, Views: c.views, Book: c.book, Sink: c.flows, Log: hclog.NewNullLogger(),
 	})
 	require.NoError(w.t, err)
 	c.Outbound = out
