@@ -20,8 +20,17 @@ type Sources struct {
 	Dropped           func() map[string]uint64    // sink → flow records lost
 	RefusedLocal      func() uint64               // local callers with the wrong uid
 	HandshakeFailures func() map[string]uint64    // class → count
+	Revocation        func() (Revocation, bool)   // the list in force; false: none yet
+	Revoked           func() map[flow.Side]uint64 // connections cut because their peer was revoked
 	Components        func() map[string]Component // of a Health
 	Now               func() time.Time
+}
+
+// Revocation is a revocation list.
+type Revocation struct {
+	Version string
+	Entries int
+	Age     time.Duration // since it was issued
 }
 
 // Metrics counts connections as a [flow.Sink] and exposes Sources.
@@ -69,6 +78,7 @@ func (m *Metrics) Record(f flow.Flow) {
 type source struct {
 	s                                                                  Sources
 	live, svid, renewals, view, dropped, local, handshakes, components *prometheus.Desc
+	list, listEntries, listAge, revoked                                *prometheus.Desc
 }
 
 func newSource(s Sources) *source {
@@ -85,12 +95,17 @@ func newSource(s Sources) *source {
 		local:      desc("local_callers_refused_total", "Local callers refused because of their uid."),
 		handshakes: desc("handshake_failures_total", "Inbound TLS handshakes that ended without a verified peer.", "class"),
 		components: desc("component_up", "1 ok, 0.5 degraded, 0 down.", "component"),
+
+		list:        desc("revocation_list_info", "Always 1; the version of the revocation list in force.", "version"),
+		listEntries: desc("revocation_list_entries", "Entries of the revocation list in force."),
+		listAge:     desc("revocation_list_age_seconds", "Seconds since the revocation list in force was issued."),
+		revoked:     desc("revoked_connections_total", "Live connections cut because their peer was revoked.", "side"),
 	}
 }
 
 // Describe implements [prometheus.Collector].
 func (c *source) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{c.live, c.svid, c.renewals, c.view, c.dropped, c.local, c.handshakes, c.components} {
+	for _, d := range []*prometheus.Desc{c.live, c.svid, c.renewals, c.view, c.dropped, c.local, c.handshakes, c.components, c.list, c.listEntries, c.listAge, c.revoked} {
 		ch <- d
 	}
 }
@@ -134,9 +149,25 @@ func (c *source) Collect(ch chan<- prometheus.Metric) {
 			count(c.handshakes, n, class)
 		}
 	}
+	c.collectRevocation(gauge, count)
 	if c.s.Components != nil {
 		for name, part := range c.s.Components() {
 			gauge(c.components, float64(part.Status)/float64(OK), name)
+		}
+	}
+}
+
+func (c *source) collectRevocation(gauge func(*prometheus.Desc, float64, ...string), count func(*prometheus.Desc, uint64, ...string)) {
+	if c.s.Revocation != nil {
+		if r, ok := c.s.Revocation(); ok {
+			gauge(c.list, 1, r.Version)
+			gauge(c.listEntries, float64(r.Entries))
+			gauge(c.listAge, r.Age.Seconds())
+		}
+	}
+	if c.s.Revoked != nil {
+		for side, n := range c.s.Revoked() {
+			count(c.revoked, n, string(side))
 		}
 	}
 }

@@ -54,6 +54,8 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	traffic, link, base := newLayer(ctx, fail), newLayer(ctx, fail), newLayer(ctx, fail)
 
 	base.start(s.agent.Run)
+	base.start(s.book.Run)
+	base.start(s.keeper.run)
 	if s.flowLog != nil {
 		base.start(s.flowLog.Run)
 	}

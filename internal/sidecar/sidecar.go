@@ -24,6 +24,7 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/agent"
 	"github.com/sallyport-mesh/sallyport/internal/flow"
 	"github.com/sallyport-mesh/sallyport/internal/proxy"
+	"github.com/sallyport-mesh/sallyport/internal/revocation"
 	"github.com/sallyport-mesh/sallyport/internal/xds"
 )
 
@@ -50,6 +51,8 @@ type Sidecar struct {
 
 	agent    *agent.Agent
 	views    proxy.Views
+	book     *revocation.Book
+	keeper   *keeper
 	inbound  *proxy.Inbound
 	outbound *proxy.Outbound
 	announce *announcer
@@ -93,6 +96,7 @@ func (s *Sidecar) open(ctx context.Context, opts Options) error {
 	if err != nil {
 		return err
 	}
+	s.openBook()
 	s.stream = flow.NewStream(flow.StreamConfig{Node: s.agent.Instance()})
 	sinks := []flow.Sink{s.stream}
 	if s.cfg.FlowLog != "" {
@@ -108,6 +112,7 @@ func (s *Sidecar) open(ctx context.Context, opts Options) error {
 	s.announce = newAnnouncer(s.log.Named("announce"))
 	s.openHealth()
 	s.views.Watch(s.viewChanged)
+	s.watchBook()
 	return s.openAdmin(ctx)
 }
 
@@ -123,7 +128,7 @@ func (s *Sidecar) openProxy() error {
 	var err error
 	s.inbound, err = proxy.ListenInbound(proxy.InboundConfig{
 		Listen: s.cfg.Tunnel.Listen, Apps: apps, Source: s.agent.Source(), Views: &s.views,
-		Sink: s.sink, Idle: s.cfg.Idle, Now: s.now, Log: s.log.Named("inbound"),
+		Book: s.book, Sink: s.sink, Idle: s.cfg.Idle, Now: s.now, Log: s.log.Named("inbound"),
 	})
 	if err != nil {
 		return err
@@ -134,7 +139,7 @@ func (s *Sidecar) openProxy() error {
 	}
 	s.outbound, err = proxy.ListenOutbound(proxy.OutboundConfig{
 		Doors: doors, AllowUIDs: s.cfg.AllowUIDs, Source: s.agent.Source(), Views: &s.views,
-		Sink: s.sink, Idle: s.cfg.Idle, Now: s.now, Log: s.log.Named("outbound"),
+		Book: s.book, Sink: s.sink, Idle: s.cfg.Idle, Now: s.now, Log: s.log.Named("outbound"),
 	})
 	return err
 }
@@ -238,8 +243,16 @@ func readToken(cfg Config) (string, error) {
 // apply puts one kind of resource in force. What it refuses is refused to the
 // control plane, and the last good state stays.
 func (s *Sidecar) apply(u xds.Update) error {
-	if u.Kind == xds.Bundles {
+	switch u.Kind {
+	case xds.Bundles:
 		if err := s.agent.SetBundles(u.Bundles); err != nil {
+			return err
+		}
+	case xds.Revocations:
+		if u.Revocations == nil {
+			break // withdrawn: what is in force stays
+		}
+		if _, err := s.book.Offer(u.Revocations); err != nil {
 			return err
 		}
 	}

@@ -27,6 +27,7 @@ const (
 	componentApp       = "app"
 	componentOutbound  = "outbound"
 	componentIsolation = "local-isolation"
+	componentRevoked   = "revocation"
 )
 
 func (s *Sidecar) openHealth() {
@@ -53,6 +54,8 @@ func (s *Sidecar) refreshHealth() {
 	default:
 		s.health.Set(componentIdentity, admin.Down, fmt.Sprintf("%s: %s", id.State, id.Detail))
 	}
+	revoked, why := s.revocationHealth()
+	s.health.Set(componentRevoked, revoked, why)
 	if err := s.views.Ready(); err != nil {
 		s.health.Set(componentPolicy, admin.Down, err.Error())
 	} else {
@@ -187,7 +190,11 @@ func (s *Sidecar) sources() admin.Sources {
 		},
 		RefusedLocal:      func() uint64 { return s.outbound.RefusedLocal() },
 		HandshakeFailures: func() map[string]uint64 { return s.inbound.HandshakeFailures() },
-		Components:        func() map[string]admin.Component { return s.health.Report().Components },
+		Revocation:        s.revocationState,
+		Revoked: func() map[flow.Side]uint64 {
+			return map[flow.Side]uint64{flow.Inbound: s.inbound.Revoked(), flow.Outbound: s.outbound.Revoked()}
+		},
+		Components: func() map[string]admin.Component { return s.health.Report().Components },
 	}
 }
 

@@ -1,0 +1,151 @@
+package sidecar
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/sallyport-mesh/sallyport/internal/admin"
+	"github.com/sallyport-mesh/sallyport/internal/revocation"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
+)
+
+const (
+	// revocationFile keeps the newest list over a restart, 0600.
+	revocationFile = "revocations.pb"
+	// staleAfter is how old the list may be while the control plane, which signs it
+	// anew all the time, is away.
+	staleAfter = 15 * time.Minute
+)
+
+// keeper saves the book's newest list in the state folder, apart from whoever
+// brings one: what a list refuses is cut without waiting for a disk.
+type keeper struct {
+	dir  string
+	log  hclog.Logger
+	news chan []byte // cap 1: an envelope to save
+}
+
+// openBook makes the book and puts the saved list in force.
+func (s *Sidecar) openBook() {
+	s.book = revocation.NewBook(s.agent.Source(), s.now)
+	log := s.log.Named("revocation")
+	switch envelope, err := readList(s.cfg.StateDir); {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		log.Warn("the saved revocation list is not used", "error", err)
+	default:
+		if _, err := s.book.Restore(envelope); err != nil {
+			log.Warn("the saved revocation list is not used", "error", err)
+		}
+	}
+	s.keeper = &keeper{dir: s.cfg.StateDir, log: log, news: make(chan []byte, 1)}
+}
+
+// watchBook has changes saved. It is called after those who cut connections.
+func (s *Sidecar) watchBook() {
+	s.book.Watch(func(l *revocation.List) {
+		s.log.Debug("revocation list in force", "version", l.Version(), "entries", l.Len(), "issued", l.Issued())
+		if l.TrustDomain() == s.agent.ID().TrustDomain() {
+			s.keeper.note(s.book.Envelope(l.TrustDomain()))
+		}
+	})
+}
+
+// note has an envelope saved soon. Of several only the newest is. Calls must follow
+// one another.
+func (k *keeper) note(envelope []byte) {
+	select {
+	case <-k.news:
+	default:
+	}
+	k.news <- envelope
+}
+
+// run saves until ctx ends, and what is noted by then.
+func (k *keeper) run(ctx context.Context) error {
+	for {
+		select {
+		case envelope := <-k.news:
+			k.save(envelope)
+		case <-ctx.Done():
+			select {
+			case envelope := <-k.news:
+				k.save(envelope)
+			default:
+			}
+			return nil
+		}
+	}
+}
+
+func (k *keeper) save(envelope []byte) {
+	if err := writeList(k.dir, envelope); err != nil {
+		k.log.Warn("the revocation list was not saved; after a restart it is fetched anew", "error", err)
+	}
+}
+
+func readList(dir string) ([]byte, error) {
+	f, err := os.Open(filepath.Join(dir, revocationFile))
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, revocation.MaxEnvelope+1)) // more is refused when it is opened
+}
+
+// writeList replaces the file, so that it is the old or the new one at any time.
+func writeList(dir string, envelope []byte) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(dir, revocationFile+".*") // 0600
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(envelope)
+	if err == nil {
+		err = f.Sync()
+	}
+	err = errors.Join(err, f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), filepath.Join(dir, revocationFile))
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
+	}
+	return nil
+}
+
+// revocationHealth says whether we know who is revoked, and whether we are.
+func (s *Sidecar) revocationHealth() (admin.Status, string) {
+	if svid, err := s.agent.Source().GetX509SVID(); err == nil {
+		self := identity.Peer{ID: svid.ID, Leaf: svid.Certificates[0], Chain: svid.Certificates}
+		if err := s.book.Check(self); err != nil {
+			return admin.Down, fmt.Sprintf("this sidecar's own certificate is refused by its peers (%v); an operator can readmit it: sallyport identity unrevoke", err)
+		}
+	}
+	age, ok := s.book.Age(s.agent.ID().TrustDomain())
+	if ok && age > staleAfter && s.health.Get(componentLink).Status != admin.OK {
+		return admin.Degraded, fmt.Sprintf("the revocation list is %s old and there is no connection to the control plane: what was revoked since is known only if a neighbour tells", age.Round(time.Second))
+	}
+	return admin.OK, ""
+}
+
+// revocationState feeds the metrics.
+func (s *Sidecar) revocationState() (admin.Revocation, bool) {
+	td := s.agent.ID().TrustDomain()
+	l := s.book.List(td)
+	age, ok := s.book.Age(td)
+	if !ok {
+		return admin.Revocation{}, false
+	}
+	return admin.Revocation{Version: l.Version().String(), Entries: l.Len(), Age: age}, true
+}
