@@ -10,6 +10,10 @@ import (
 	"golang.org/x/net/http2"
 )
 
+var fuzzed = Config{Window: minWindow, Messages: Messages{
+	Limit: func(kind uint8) int { return 100 * int(kind) }, Receive: func(uint8, []byte) {},
+}}
+
 // script is a lawful exchange as the bytes that one end sends: a seed.
 func script(preface string, play func(r *raw)) []byte {
 	var b bytes.Buffer
@@ -38,6 +42,11 @@ func fuzzSession(t *testing.T, data []byte, start func(conn net.Conn) *Session) 
 	if st := s.st; st != nil && st.buf.n > s.cfg.Window {
 		t.Errorf("%d bytes buffered, window %d", st.buf.n, s.cfg.Window)
 	}
+	for kind, m := range s.inbox {
+		if len(m.data) > m.limit {
+			t.Errorf("%d bytes of a message of kind %d, limit %d", len(m.data), kind, m.limit)
+		}
+	}
 	if s.maxID == 0 && s.server && s.st != nil {
 		t.Error("stream without request")
 	}
@@ -50,6 +59,8 @@ func FuzzServer(f *testing.F) {
 		r.WriteData(1, false, []byte("data"))
 		r.WriteWindowUpdate(1, 10)
 		r.WritePing(false, [8]byte{})
+		r.WriteRawFrame(frameMessage, 0, 0, []byte("\x01part"))
+		r.WriteRawFrame(frameMessage, flagMessageEnd, 0, []byte("\x01rest"))
 		r.WriteDataPadded(1, true, []byte("end"), make([]byte, 9))
 	}))
 	f.Add(script(http2.ClientPreface, func(r *raw) {
@@ -62,7 +73,7 @@ func FuzzServer(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		served := make(chan struct{})
 		fuzzSession(t, data, func(conn net.Conn) *Session {
-			s, err := start(t.Context(), conn, Config{Window: minWindow}, true)
+			s, err := start(t.Context(), conn, fuzzed, true)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -85,6 +96,7 @@ func FuzzClient(f *testing.F) {
 		r.WriteSettings()
 		r.WriteSettingsAck()
 		r.headers(1, false, ":status", "200", "sallyport-decision-id", testID)
+		r.WriteRawFrame(frameMessage, flagMessageEnd, 0, []byte("\x02all"))
 		r.WriteData(1, true, []byte("data"))
 	}))
 	f.Add(script("", func(r *raw) {
@@ -97,7 +109,7 @@ func FuzzClient(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		opened := make(chan struct{})
 		fuzzSession(t, data, func(conn net.Conn) *Session {
-			s, err := start(t.Context(), conn, Config{Window: minWindow}, false)
+			s, err := start(t.Context(), conn, fuzzed, false)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -77,12 +77,18 @@ func (r *raw) verdict() (code http2.ErrCode) {
 // prefaces.
 func hostileClient(t testing.TB, play func(r *raw)) http2.ErrCode {
 	t.Helper()
+	return hostileClientTo(t, Config{}, play)
+}
+
+func hostileClientTo(t testing.TB, cfg Config, play func(r *raw)) http2.ErrCode {
+	t.Helper()
+	cfg.Window, cfg.HandshakeTimeout = minWindow, 200*time.Millisecond
 	a, b := loopback(t)
 	r := newRaw(t, a)
 	io.WriteString(a, http2.ClientPreface)
 	r.WriteSettings()
 	ctx := within(t, 10*time.Second)
-	s, err := Server(ctx, b, Config{Window: minWindow, HandshakeTimeout: 200 * time.Millisecond})
+	s, err := Server(ctx, b, cfg)
 	require.NoError(t, err)
 	served := make(chan struct{})
 	go func() {

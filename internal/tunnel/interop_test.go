@@ -28,6 +28,13 @@ import (
 
 var target = tunnel.Target{Host: "payments.shop.mesh", Port: 8080}
 
+// talkative sessions put message frames on the wire, which stock peers ignore.
+var talkative = tunnel.Config{Messages: messages(1 << 20)}
+
+func messages(hello int) tunnel.Messages {
+	return tunnel.Messages{Hello: make([]byte, hello), Limit: func(uint8) int { return 1 << 20 }, Receive: func(uint8, []byte) {}}
+}
+
 func within(t testing.TB) context.Context {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	t.Cleanup(cancel)
@@ -52,12 +59,12 @@ func tcpPair(t testing.TB) (client, server net.Conn) {
 }
 
 // serve runs our server on conn and echoes; it refuses the host "no".
-func serve(t testing.TB, conn net.Conn) (done chan error) {
+func serve(t testing.TB, conn net.Conn, cfg tunnel.Config) (done chan error) {
 	ctx := within(t)
 	done = make(chan error, 1)
 	go func() {
 		done <- func() error {
-			s, err := tunnel.Server(ctx, conn, tunnel.Config{})
+			s, err := tunnel.Server(ctx, conn, cfg)
 			if err != nil {
 				return err
 			}
@@ -106,7 +113,7 @@ func roundTrip(t testing.TB, conn net.Conn, host string, body io.Reader) (*http.
 // direction first, and gets everything back.
 func TestInteropClient(t *testing.T) {
 	a, b := tcpPair(t)
-	done := serve(t, b)
+	done := serve(t, b, talkative)
 	pr, pw := io.Pipe()
 	resp, err := roundTrip(t, a, target.String(), pr)
 	require.NoError(t, err)
@@ -138,7 +145,7 @@ func TestInteropClient(t *testing.T) {
 
 func TestInteropClientRefused(t *testing.T) {
 	a, b := tcpPair(t)
-	done := serve(t, b)
+	done := serve(t, b, talkative)
 	pr, pw := io.Pipe()
 	defer pw.Close()
 	resp, err := roundTrip(t, a, "no:1", pr)
@@ -186,7 +193,7 @@ func TestInteropServer(t *testing.T) {
 			}
 		}
 	})
-	s, err := tunnel.Client(within(t), a, tunnel.Config{})
+	s, err := tunnel.Client(within(t), a, talkative)
 	require.NoError(t, err)
 	defer s.Close()
 	st, err := s.Open(within(t), target)
@@ -194,6 +201,7 @@ func TestInteropServer(t *testing.T) {
 	if st.DecisionID() != "abc" {
 		t.Errorf("decision id %q", st.DecisionID())
 	}
+	s.Send(1, make([]byte, 1<<20))
 	data := make([]byte, 4<<20)
 	rand.Read(data)
 	go func() {
@@ -211,7 +219,7 @@ func TestInteropServerRefuses(t *testing.T) {
 	stockServer(t, b, func(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "a body that nobody reads", http.StatusServiceUnavailable)
 	})
-	s, err := tunnel.Client(within(t), a, tunnel.Config{})
+	s, err := tunnel.Client(within(t), a, talkative)
 	require.NoError(t, err)
 	defer s.Close()
 	_, err = s.Open(within(t), target)
@@ -272,7 +280,7 @@ func streams(t testing.TB, a, b net.Conn) (c, s end) {
 	accepted := make(chan end)
 	go func() {
 		defer close(accepted)
-		sess, err := tunnel.Server(ctx, b, tunnel.Config{})
+		sess, err := tunnel.Server(ctx, b, talkative)
 		if err != nil {
 			return
 		}
@@ -281,7 +289,7 @@ func streams(t testing.TB, a, b net.Conn) (c, s end) {
 			accepted <- end{sess, st}
 		}
 	}()
-	sess, err := tunnel.Client(ctx, a, tunnel.Config{})
+	sess, err := tunnel.Client(ctx, a, talkative)
 	require.NoError(t, err)
 	st, err := sess.Open(ctx, target)
 	require.NoError(t, err)
@@ -292,22 +300,26 @@ func streams(t testing.TB, a, b net.Conn) (c, s end) {
 }
 
 // BenchmarkOpen opens a stream on a fresh loopback connection, echoes one byte and
-// closes, all without TLS.
+// closes, all without TLS; "hello" with a message from each end.
 func BenchmarkOpen(b *testing.B) {
-	for range b.N {
-		x, y := tcpPair(b)
-		done := serve(b, y)
-		s, err := tunnel.Client(context.Background(), x, tunnel.Config{})
-		require.NoError(b, err)
-		st, err := s.Open(context.Background(), target)
-		require.NoError(b, err)
-		st.Write([]byte("x"))
-		st.CloseWrite()
-		_, err = io.ReadAll(st)
-		require.NoError(b, err)
-		s.Close()
-		<-done
+	run := func(b *testing.B, cfg tunnel.Config) {
+		for range b.N {
+			x, y := tcpPair(b)
+			done := serve(b, y, cfg)
+			s, err := tunnel.Client(context.Background(), x, cfg)
+			require.NoError(b, err)
+			st, err := s.Open(context.Background(), target)
+			require.NoError(b, err)
+			st.Write([]byte("x"))
+			st.CloseWrite()
+			_, err = io.ReadAll(st)
+			require.NoError(b, err)
+			s.Close()
+			<-done
+		}
 	}
+	b.Run("silent", func(b *testing.B) { run(b, tunnel.Config{}) })
+	b.Run("hello", func(b *testing.B) { run(b, tunnel.Config{Messages: messages(50)}) })
 }
 
 // BenchmarkEcho is one round trip of 100 bytes on an open stream.

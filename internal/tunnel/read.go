@@ -64,12 +64,12 @@ func (s *Session) readFrame(fh http2.FrameHeader) error {
 			return err
 		}
 		return s.control(f)
+	case frameMessage:
+		if s.cfg.Messages.Limit != nil {
+			return s.readMessage(fh)
+		}
 	}
-	if err := s.spend(costFrame); err != nil {
-		return err
-	}
-	_, err := s.br.Discard(int(fh.Length)) // RFC 9113 section 4.1: unknown types are ignored
-	return err
+	return s.skip(int(fh.Length)) // RFC 9113 section 4.1: unknown types are ignored
 }
 
 // readData moves a DATA frame's payload into the stream's buffer, without a copy

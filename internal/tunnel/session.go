@@ -28,10 +28,11 @@ type Session struct {
 	fr     *http2.Framer // reads: reader goroutine; writes (into out): wmu
 	br     *bufio.Reader // reader goroutine
 	dec    *hpack.Decoder
-	accept chan *Incoming // server: cap 1, the one request
-	ready  chan struct{}  // closed once the peer's preface is in
-	wake   chan struct{}  // cap 1: the flusher has something to do
-	done   chan struct{}  // closed when both goroutines have ended and conn is closed
+	inbox  [Kinds]incomingMessage // reader goroutine
+	accept chan *Incoming         // server: cap 1, the one request
+	ready  chan struct{}          // closed once the peer's preface is in
+	wake   chan struct{}          // cap 1: the flusher has something to do
+	done   chan struct{}          // closed when both goroutines have ended and conn is closed
 
 	wmu sync.Mutex     // held while bytes go to conn
 	enc *hpack.Encoder // wmu; writes to hdr
@@ -39,15 +40,16 @@ type Session struct {
 	out bytes.Buffer   // wmu: frames of the next write
 
 	mu          sync.Mutex
-	readable    sync.Cond // data, end or error for Stream.Read
-	writable    sync.Cond // window, end or error for Stream.Write
-	st          *Stream   // the one stream; nil before it opens
-	maxID       uint32    // server: highest stream id seen, also of streams not looked at
-	pending     control   // what the flusher has to send
-	granted     inflow    // connection window for the peer
-	allowed     outflow   // connection window for us
-	peerInitial int64     // peer's INITIAL_WINDOW_SIZE
-	peerFrame   int       // peer's MAX_FRAME_SIZE, at most maxPayload
+	readable    sync.Cond       // data, end or error for Stream.Read
+	writable    sync.Cond       // window, end or error for Stream.Write
+	st          *Stream         // the one stream; nil before it opens
+	maxID       uint32          // server: highest stream id seen, also of streams not looked at
+	pending     control         // what the flusher has to send
+	outbox      [Kinds]outgoing // and messages
+	granted     inflow          // connection window for the peer
+	allowed     outflow         // connection window for us
+	peerInitial int64           // peer's INITIAL_WINDOW_SIZE
+	peerFrame   int             // peer's MAX_FRAME_SIZE, at most maxPayload
 	budget      budget
 	reading     bool      // the peer's preface is in
 	goingAway   bool      // no further stream, by our word or the peer's
@@ -111,6 +113,9 @@ func start(ctx context.Context, conn net.Conn, cfg Config, server bool) (*Sessio
 	s.enc = hpack.NewEncoder(&s.hdr)
 	s.enc.SetMaxDynamicTableSize(0) // no state to keep, whatever table the peer has
 	s.pending.preface = true
+	if len(cfg.Messages.Hello) > 0 {
+		s.outbox[0].next = cfg.Messages.Hello
+	}
 	conn.SetReadDeadline(time.Now().Add(cfg.HandshakeTimeout))
 	s.kick()
 	go s.run()

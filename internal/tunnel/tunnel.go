@@ -8,7 +8,8 @@
 //
 // Where to look: session.go (life of a connection), read.go (frames in), write.go
 // (frames out), header.go (requests and responses), stream.go (the net.Conn that
-// users see), window.go and budget.go (what a peer may make us hold and do).
+// users see), message.go (what users tell each other beside it), window.go and
+// budget.go (what a peer may make us hold and do).
 package tunnel
 
 import (
@@ -59,6 +60,8 @@ type Config struct {
 	// the session is given up; 30 s if zero. A peer reads at all times, so only a
 	// dead or hostile one reaches it.
 	WriteTimeout time.Duration
+	// Messages are what the users of both ends tell each other beside the stream.
+	Messages Messages
 	// Now is the clock of the budget for unproductive frames; time.Now if nil.
 	Now func() time.Time
 }

@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -59,11 +60,15 @@ func (s *Session) flush(h *http2.HeadersFrameParam) (last bool) {
 		s.mu.Unlock()
 		return true
 	}
+	m, more := s.fragmentLocked()
+	if more {
+		s.kick()
+	}
 	s.extendLocked()
 	s.mu.Unlock()
 
 	s.out.Reset()
-	s.encode(c, h, id)
+	s.encode(c, h, m, id)
 	if s.out.Len() == 0 {
 		return last
 	}
@@ -73,13 +78,16 @@ func (s *Session) flush(h *http2.HeadersFrameParam) (last bool) {
 		s.breakLocked(fmt.Errorf("writing frame: %w", err))
 		return true
 	}
+	if !more && s.out.Cap() > keepBuffer {
+		s.out = bytes.Buffer{}
+	}
 	return last
 }
 
 // encode puts frames into out, in an order that is right at any time: nothing
 // before the preface, nothing of a stream after its reset, GOAWAY last. id is that
 // of the one stream. Writing to a bytes.Buffer does not fail.
-func (s *Session) encode(c control, h *http2.HeadersFrameParam, id uint32) {
+func (s *Session) encode(c control, h *http2.HeadersFrameParam, m fragment, id uint32) {
 	if c.preface {
 		s.encodePreface()
 	}
@@ -98,6 +106,7 @@ func (s *Session) encode(c control, h *http2.HeadersFrameParam, id uint32) {
 	if h != nil {
 		s.fr.WriteHeaders(*h)
 	}
+	s.encodeFragment(m)
 	if c.resetID != 0 {
 		s.fr.WriteRSTStream(c.resetID, c.resetCode)
 	}
