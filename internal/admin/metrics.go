@@ -21,6 +21,7 @@ type Sources struct {
 	RefusedLocal      func() uint64               // local callers with the wrong uid
 	HandshakeFailures func() map[string]uint64    // class → count
 	Revocation        func() (Revocation, bool)   // the list in force; false: none yet
+	NeighbourLists    func() map[string]uint64    // what became of a list that a neighbour sent → count
 	Revoked           func() map[flow.Side]uint64 // connections cut because their peer was revoked
 	Components        func() map[string]Component // of a Health
 	Now               func() time.Time
@@ -78,7 +79,7 @@ func (m *Metrics) Record(f flow.Flow) {
 type source struct {
 	s                                                                  Sources
 	live, svid, renewals, view, dropped, local, handshakes, components *prometheus.Desc
-	list, listEntries, listAge, revoked                                *prometheus.Desc
+	list, listEntries, listAge, lists, revoked                         *prometheus.Desc
 }
 
 func newSource(s Sources) *source {
@@ -99,13 +100,14 @@ func newSource(s Sources) *source {
 		list:        desc("revocation_list_info", "Always 1; the version of the revocation list in force.", "version"),
 		listEntries: desc("revocation_list_entries", "Entries of the revocation list in force."),
 		listAge:     desc("revocation_list_age_seconds", "Seconds since the revocation list in force was issued."),
+		lists:       desc("neighbour_lists_total", "Revocation lists that neighbours sent, by what became of them.", "outcome"),
 		revoked:     desc("revoked_connections_total", "Live connections cut because their peer was revoked.", "side"),
 	}
 }
 
 // Describe implements [prometheus.Collector].
 func (c *source) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{c.live, c.svid, c.renewals, c.view, c.dropped, c.local, c.handshakes, c.components, c.list, c.listEntries, c.listAge, c.revoked} {
+	for _, d := range []*prometheus.Desc{c.live, c.svid, c.renewals, c.view, c.dropped, c.local, c.handshakes, c.components, c.list, c.listEntries, c.listAge, c.lists, c.revoked} {
 		ch <- d
 	}
 }
@@ -163,6 +165,11 @@ func (c *source) collectRevocation(gauge func(*prometheus.Desc, float64, ...stri
 			gauge(c.list, 1, r.Version)
 			gauge(c.listEntries, float64(r.Entries))
 			gauge(c.listAge, r.Age.Seconds())
+		}
+	}
+	if c.s.NeighbourLists != nil {
+		for outcome, n := range c.s.NeighbourLists() {
+			count(c.lists, n, outcome)
 		}
 	}
 	if c.s.Revoked != nil {

@@ -28,8 +28,8 @@ func (w *world) limited(cfg InboundConfig) *server {
 	w.t.Helper()
 	s := &server{views: &Views{}, flows: flow.NewRing(10)}
 	cfg.Listen, cfg.Apps, cfg.Source = "127.0.0.1:0", []App{w.app("tcp", echo)}, w.source(payments)
-	s.book = w.book(cfg.Source)
-	cfg.Views, cfg.Book, cfg.Sink, cfg.Log = s.views, s.book, s.flows, hclog.NewNullLogger()
+	s.book, s.near = w.book(cfg.Source)
+	cfg.Views, cfg.Book, cfg.Neighbours, cfg.Sink, cfg.Log = s.views, s.book, s.near, s.flows, hclog.NewNullLogger()
 	in, err := ListenInbound(cfg)
 	require.NoError(w.t, err)
 	s.Inbound = in

@@ -49,6 +49,7 @@ type InboundConfig struct {
 	Source        identity.Source
 	Views         *Views
 	Book          *revocation.Book // which peers are revoked; nil: none
+	Neighbours    *Neighbours      // with whom the revocation list is shared; nil: nobody
 	Sink          flow.Sink
 	Idle          time.Duration // connections on which nothing moves are closed after this; 0: never
 	MaxConns      int           // 0: DefaultMaxConns
@@ -205,12 +206,15 @@ func (in *Inbound) serve(ctx context.Context, raw net.Conn) {
 		return
 	}
 	defer in.shares.give(peer.id)
-	session, err := tunnel.Server(ctx, conn, tunnel.Config{HandshakeTimeout: requestLimit})
+	neighbour := in.cfg.Neighbours.join(peer.id)
+	session, err := tunnel.Server(ctx, conn, tunnel.Config{HandshakeTimeout: requestLimit, Messages: neighbour.messages()})
 	if err != nil {
 		in.failures.add(err)
 		in.cfg.Log.Debug("no tunnel session", "peer", peer.id, "error", err)
 		return
 	}
+	neighbour.start(session)
+	defer neighbour.leave()
 	var streams sync.WaitGroup
 	for {
 		req, err := session.Accept(ctx)

@@ -44,15 +44,16 @@ func SplitTarget(to string) (ref, port string, err error) {
 // OutboundConfig holds what an [Outbound] needs. Source, Views and Sink are
 // required.
 type OutboundConfig struct {
-	Doors     []Door
-	AllowUIDs []uint32 // who may use the doors
-	Source    identity.Source
-	Views     *Views
-	Book      *revocation.Book // which servers are revoked; nil: none
-	Sink      flow.Sink
-	Idle      time.Duration // connections on which nothing moves are closed after this; 0: never
-	Now       func() time.Time
-	Log       hclog.Logger
+	Doors      []Door
+	AllowUIDs  []uint32 // who may use the doors
+	Source     identity.Source
+	Views      *Views
+	Book       *revocation.Book // which servers are revoked; nil: none
+	Neighbours *Neighbours      // with whom the revocation list is shared; nil: nobody
+	Sink       flow.Sink
+	Idle       time.Duration // connections on which nothing moves are closed after this; 0: never
+	Now        func() time.Time
+	Log        hclog.Logger
 }
 
 // Outbound takes the app's connections to other workloads: it picks an endpoint,

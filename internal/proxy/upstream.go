@@ -25,6 +25,7 @@ type upstream struct {
 	stream  *tunnel.Stream
 	addr    netip.AddrPort
 	proof   *proof
+	leave   func() // ends what the session said beside the stream
 }
 
 // open connects to an endpoint of d. One that cannot be reached, or says 503, is
@@ -84,10 +85,12 @@ func (o *Outbound) attempt(ctx context.Context, d destination, addr netip.AddrPo
 		return nil, fmt.Errorf("authenticating: %w", err)
 	}
 	proved := &proof{server, o.cfg.Now(), trust}
-	session, err := tunnel.Client(ctx, conn, tunnel.Config{})
+	neighbour := o.cfg.Neighbours.join(d.Dst)
+	session, err := tunnel.Client(ctx, conn, tunnel.Config{Messages: neighbour.messages()})
 	if err != nil {
 		return nil, err
 	}
+	neighbour.start(session)
 	host, ok := identity.MeshName(d.Dst)
 	if !ok {
 		host = addr.Addr().String()
@@ -95,13 +98,15 @@ func (o *Outbound) attempt(ctx context.Context, d destination, addr netip.AddrPo
 	stream, err := session.Open(ctx, tunnel.Target{Host: host, Port: d.Port})
 	if err != nil {
 		_ = session.Close() // always nil; it waits for the connection's end
+		neighbour.leave()
 		return nil, err
 	}
-	return &upstream{session, stream, addr, proved}, nil
+	return &upstream{session, stream, addr, proved, neighbour.leave}, nil
 }
 
 // close waits for the end of the connection below up's stream.
 func (o *Outbound) close(up *upstream) {
 	_ = up.session.Close() // always nil
+	up.leave()
 	o.balancer.release(up.addr, false, o.cfg.Now())
 }

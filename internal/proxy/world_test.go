@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"os"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -91,11 +92,14 @@ func (a *authority) svid(t *testing.T, id spiffeid.ID) *x509svid.SVID {
 
 // world is a mesh without a control plane: the test says what views there are.
 type world struct {
-	t  *testing.T
-	ca *authority
+	t    *testing.T
+	ca   *authority
+	late atomic.Int64 // by how much the clock of those who fetch lists goes ahead
 }
 
-func newWorld(t *testing.T) *world { return &world{t, newAuthority(t, td)} }
+func (w *world) now() time.Time { return time.Now().Add(time.Duration(w.late.Load())) }
+
+func newWorld(t *testing.T) *world { return &world{t: t, ca: newAuthority(t, td)} }
 
 func (w *world) source(id spiffeid.ID) *identity.Live {
 	live := &identity.Live{}
@@ -104,7 +108,14 @@ func (w *world) source(id spiffeid.ID) *identity.Live {
 	return live
 }
 
-func (w *world) book(source identity.Source) *revocation.Book { return revocation.NewBook(source, nil) }
+// book makes a book and who shares it with neighbours.
+func (w *world) book(source identity.Source) (*revocation.Book, *Neighbours) {
+	b := revocation.NewBook(source, nil)
+	n := NewNeighbours(NeighboursConfig{Source: source, Book: b, Now: w.now, Log: hclog.NewNullLogger()})
+	b.Watch(n.Spread)
+	w.run(n.Run)
+	return b, n
+}
 
 // revoke signs list number n, which refuses what was issued to ids so far.
 func (w *world) revoke(n int64, ids ...spiffeid.ID) []byte {
@@ -131,6 +142,7 @@ type server struct {
 	*Inbound
 	views *Views
 	book  *revocation.Book
+	near  *Neighbours
 	flows *flow.Ring
 	stop  func()
 }
@@ -148,9 +160,9 @@ func (w *world) listen(id spiffeid.ID, apps ...App) *server {
 	w.t.Helper()
 	s := &server{views: &Views{}, flows: flow.NewRing(10_000)}
 	source := w.source(id)
-	s.book = w.book(source)
+	s.book, s.near = w.book(source)
 	in, err := ListenInbound(InboundConfig{
-		Listen: "127.0.0.1:0", Apps: apps, Source: source, Views: s.views, Book: s.book, Sink: s.flows, Log: hclog.NewNullLogger(),
+		Listen: "127.0.0.1:0", Apps: apps, Source: source, Views: s.views, Book: s.book, Neighbours: s.near, Sink: s.flows, Log: hclog.NewNullLogger(),
 	})
 	require.NoError(w.t, err)
 	s.Inbound = in
@@ -192,6 +204,7 @@ type client struct {
 	*Outbound
 	views *Views
 	book  *revocation.Book
+	near  *Neighbours
 	flows *flow.Ring
 	stop  func()
 }
@@ -202,10 +215,10 @@ func (w *world) client(id spiffeid.ID, target string, endpoints ...xds.Endpoint)
 	c := &client{views: &Views{}, flows: flow.NewRing(10_000)}
 	c.know(endpoints...)
 	source := w.source(id)
-	c.book = w.book(source)
+	c.book, c.near = w.book(source)
 	out, err := ListenOutbound(OutboundConfig{
 		Doors:     []Door{{Key: "outbound[0].listen", Listen: "127.0.0.1:0", To: target}},
-		AllowUIDs: []uint32{uint32(os.Geteuid())}, Source: source, Views: c.views, Book: c.book, Sink: c.flows, Log: hclog.NewNullLogger(),
+		AllowUIDs: []uint32{uint32(os.Geteuid())}, Source: source, Views: c.views, Book: c.book, Neighbours: c.near, Sink: c.flows, Log: hclog.NewNullLogger(),
 	})
 	require.NoError(w.t, err)
 	c.Outbound = out

@@ -13,6 +13,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/sallyport-mesh/sallyport/internal/admin"
+	"github.com/sallyport-mesh/sallyport/internal/proxy"
 	"github.com/sallyport-mesh/sallyport/internal/revocation"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
@@ -33,7 +34,7 @@ type keeper struct {
 	news chan []byte // cap 1: an envelope to save
 }
 
-// openBook makes the book and puts the saved list in force.
+// openBook makes the book, and who shares it, and puts the saved list in force.
 func (s *Sidecar) openBook() {
 	s.book = revocation.NewBook(s.agent.Source(), s.now)
 	log := s.log.Named("revocation")
@@ -46,11 +47,14 @@ func (s *Sidecar) openBook() {
 			log.Warn("the saved revocation list is not used", "error", err)
 		}
 	}
+	s.near = proxy.NewNeighbours(proxy.NeighboursConfig{Source: s.agent.Source(), Book: s.book, Now: s.now, Log: log})
 	s.keeper = &keeper{dir: s.cfg.StateDir, log: log, news: make(chan []byte, 1)}
 }
 
-// watchBook has changes saved. It is called after those who cut connections.
+// watchBook has changes passed on and saved. It is called after those who cut
+// connections.
 func (s *Sidecar) watchBook() {
+	s.book.Watch(s.near.Spread)
 	s.book.Watch(func(l *revocation.List) {
 		s.log.Debug("revocation list in force", "version", l.Version(), "entries", l.Len(), "issued", l.Issued())
 		if l.TrustDomain() == s.agent.ID().TrustDomain() {

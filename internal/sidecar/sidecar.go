@@ -52,6 +52,7 @@ type Sidecar struct {
 	agent    *agent.Agent
 	views    proxy.Views
 	book     *revocation.Book
+	near     *proxy.Neighbours
 	keeper   *keeper
 	inbound  *proxy.Inbound
 	outbound *proxy.Outbound
@@ -128,7 +129,7 @@ func (s *Sidecar) openProxy() error {
 	var err error
 	s.inbound, err = proxy.ListenInbound(proxy.InboundConfig{
 		Listen: s.cfg.Tunnel.Listen, Apps: apps, Source: s.agent.Source(), Views: &s.views,
-		Book: s.book, Sink: s.sink, Idle: s.cfg.Idle, Now: s.now, Log: s.log.Named("inbound"),
+		Book: s.book, Neighbours: s.near, Sink: s.sink, Idle: s.cfg.Idle, Now: s.now, Log: s.log.Named("inbound"),
 	})
 	if err != nil {
 		return err
@@ -139,7 +140,7 @@ func (s *Sidecar) openProxy() error {
 	}
 	s.outbound, err = proxy.ListenOutbound(proxy.OutboundConfig{
 		Doors: doors, AllowUIDs: s.cfg.AllowUIDs, Source: s.agent.Source(), Views: &s.views,
-		Book: s.book, Sink: s.sink, Idle: s.cfg.Idle, Now: s.now, Log: s.log.Named("outbound"),
+		Book: s.book, Neighbours: s.near, Sink: s.sink, Idle: s.cfg.Idle, Now: s.now, Log: s.log.Named("outbound"),
 	})
 	return err
 }

@@ -191,6 +191,7 @@ func (s *Sidecar) sources() admin.Sources {
 		RefusedLocal:      func() uint64 { return s.outbound.RefusedLocal() },
 		HandshakeFailures: func() map[string]uint64 { return s.inbound.HandshakeFailures() },
 		Revocation:        s.revocationState,
+		NeighbourLists:    s.near.Lists,
 		Revoked: func() map[flow.Side]uint64 {
 			return map[flow.Side]uint64{flow.Inbound: s.inbound.Revoked(), flow.Outbound: s.outbound.Revoked()}
 		},
