@@ -68,7 +68,7 @@ func decodeEdition(b []byte, td spiffeid.TrustDomain) (edition, error) {
 	if err := proto.Unmarshal(b, &m); err != nil {
 		return edition{}, err
 	}
-	if m.GetTrustDomain() != td.Name() || m.GetEpoch() < 0 || m.GetNumber() < 1 || !m.GetIssued().IsValid() {
+	if m.GetTrustDomain() != td.Name() || m.GetEpoch() < 0 || m.GetNumber() < 0 || !m.GetIssued().IsValid() {
 		return edition{}, errors.New("not the head of a list of " + td.Name())
 	}
 	return edition{revocation.Version{Epoch: m.GetEpoch(), Number: m.GetNumber()}, m.GetIssued().AsTime()}, nil

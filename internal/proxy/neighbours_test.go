@@ -253,7 +253,7 @@ func TestForeignersAreNotToldOfTheList(t *testing.T) {
 	}
 	for name, b := range map[string][]byte{
 		"another trust domain's": edition{revocation.Version{Number: 1}, time.Now()}.encode(spiffeid.RequireTrustDomainFromString("partner.example")),
-		"no number":              edition{revocation.Version{Epoch: 1}, time.Now()}.encode(td),
+		"a negative number":      edition{revocation.Version{Number: -1}, time.Now()}.encode(td),
 		"nothing":                nil,
 		"something else":         []byte("GET / HTTP/1.1"),
 	} {

@@ -37,8 +37,8 @@ const (
 // ErrRevoked is in every error that says that an SVID is refused.
 var ErrRevoked = errors.New("revoked")
 
-// Version orders the lists of one trust domain. Number counts within an epoch. The
-// zero Version is before every other.
+// Version orders the lists of one trust domain. Number counts within an epoch, from
+// 0, which is the list of a mesh where nothing was revoked yet.
 type Version struct {
 	Epoch, Number int64
 }
@@ -199,8 +199,8 @@ func parseList(m *sallyportv1.RevocationList) (*List, error) {
 		ids: make(map[string]bounds, len(m.GetIds())), instances: make(map[string]time.Time, len(m.GetInstances())),
 		serials: make(map[serial]struct{}, len(m.GetSerials())), issuers: make(map[keyHash]time.Time, len(m.GetIssuers())),
 	}
-	if l.version.Epoch < 0 || l.version.Number < 1 {
-		return nil, fmt.Errorf("version %s: want an epoch from 0 and a number from 1", l.version)
+	if l.version.Epoch < 0 || l.version.Number < 0 {
+		return nil, fmt.Errorf("version %s: epoch and number are never negative", l.version)
 	}
 	if l.issued, err = moment("issued", m.GetIssued()); err != nil {
 		return nil, err

@@ -94,7 +94,7 @@ func TestBadEntriesAreRefused(t *testing.T) {
 	for want, spoil := range map[string]func(*sallyportv1.RevocationList){
 		`"Shop.Example" is not a trust domain`: func(m *sallyportv1.RevocationList) { m.TrustDomain = "Shop.Example" },
 		"version -1.1":                         func(m *sallyportv1.RevocationList) { m.Epoch = -1 },
-		"version 1.0":                          func(m *sallyportv1.RevocationList) { m.Number = 0 },
+		"version 1.-2":                         func(m *sallyportv1.RevocationList) { m.Number = -2 },
 		"issued: invalid nil Timestamp":        func(m *sallyportv1.RevocationList) { m.Issued = nil },
 		`revoked ID "": want`:                  func(m *sallyportv1.RevocationList) { m.Ids[0].Path = "" },
 		`revoked ID "/a/../b": want`:           func(m *sallyportv1.RevocationList) { m.Ids[0].Path = "/a/../b" },

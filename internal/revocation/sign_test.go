@@ -123,7 +123,7 @@ func TestSignRefusesWhatNobodyWouldBelieve(t *testing.T) {
 		"/shop/orders may not":                     func() ([]byte, error) { return Sign(list(1), w.ca.svid(orders, "", testNow)) },
 		`the revocation list of "partner.example"`: func() ([]byte, error) { return Sign(foreign, w.signer) },
 		"not ECDSA P-256":                          func() ([]byte, error) { return Sign(list(1), &wrongKey) },
-		"version 1.0":                              func() ([]byte, error) { return Sign(list(0), w.signer) },
+		"version 1.-2":                             func() ([]byte, error) { return Sign(list(-2), w.signer) },
 		"bytes, at most 4194":                      func() ([]byte, error) { large.Ids = append(large.Ids, large.Ids...); return Sign(large, w.signer) },
 	} {
 		if _, err := f(); err == nil || !strings.Contains(err.Error(), want) {
