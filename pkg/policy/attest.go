@@ -3,7 +3,9 @@ package policy
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
+	"unicode"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -32,11 +34,12 @@ type Selectors = map[string][]string
 // one is named, and with every selector.
 type Attest struct {
 	Kind   string
-	Issuer string            // name of the control plane's configured issuer, cluster or CA; "" is the only one
+	Issuer string            // name of the control plane's configured issuer, cluster or CA; "" is the only one there
 	Via    []string          // Unix: paths of the agents whose word counts, at least one
 	Select map[string]string // :: key → the value that evidence must have
 
 	pos
+	td spiffeid.TrustDomain // of the agents in Via; set by Compile
 }
 
 // claimPrefix stands before the names of claims among selectors.
@@ -87,21 +90,51 @@ func (f form) several(key string) bool {
 // Match reports whether evidence of a kind, from an issuer, is what a asks for;
 // via is the agent that vouches for it, zero for none. Where it is not, missed
 // names the first thing that differs and what was there instead.
+//
+// An entry that names no issuer matches the issuer "" and no other: whoever
+// knows that there is one issuer of the kind passes "", so that configuring a
+// second one never widens what an old entry admits. A join token never matches:
+// it names its workload by itself.
 func (a Attest) Match(kind, issuer string, via spiffeid.ID, s Selectors) (ok bool, missed string) {
+	_, known := formOf(a.Kind)
 	switch {
-	case kind != a.Kind:
-		return false, fmt.Sprintf("kind: want %s, got %s", a.Kind, kind)
-	case a.Issuer != "" && a.Issuer != issuer:
-		return false, fmt.Sprintf("issuer: want %s, got %s", a.Issuer, orNone(issuer))
+	case kind != a.Kind || !known:
+		return false, fmt.Sprintf("kind: want %s, got %s", orNone(a.Kind), told(kind))
+	case kind == JoinToken:
+		return false, "kind: a join token names its workload by itself"
+	case a.Issuer != issuer:
+		return false, fmt.Sprintf("issuer: want %s, got %s", orNone(a.Issuer), told(issuer))
+	case a.Kind != Unix && !via.IsZero():
+		return false, fmt.Sprintf("via: want none, got %s", via)
 	case a.Kind == Unix && (via.IsZero() || !slices.Contains(a.Via, via.Path())):
-		return false, fmt.Sprintf("via: want %s, got %s", strings.Join(a.Via, " or "), orNone(via.Path()))
+		return false, fmt.Sprintf("via: want %s, got %s", orNone(strings.Join(a.Via, " or ")), orNone(via.Path()))
+	case a.Kind == Unix && !a.td.IsZero() && via.TrustDomain() != a.td:
+		return false, fmt.Sprintf("via: want an agent of %s, got %s", a.td.Name(), via)
 	}
 	for _, key := range a.keys() {
 		if !slices.Contains(s[key], a.Select[key]) {
-			return false, fmt.Sprintf("%s: want %s, got %s", key, a.Select[key], orNone(strings.Join(s[key], ", ")))
+			return false, fmt.Sprintf("%s: want %s, got %s", key, a.Select[key], told(s[key]...))
 		}
 	}
 	return true, ""
+}
+
+// told lists what evidence says for people. Whoever wants to pass has written
+// it, so what could fool a terminal or a reader is quoted.
+func told(values ...string) string {
+	const most = 5
+	out := make([]string, 0, most+1)
+	for i, v := range values {
+		if i == most {
+			out = append(out, fmt.Sprintf("%d more", len(values)-most))
+			break
+		}
+		if v = shorten(v); strings.ContainsFunc(v, func(r rune) bool { return !unicode.IsPrint(r) || r == ' ' || r == ',' || r == '"' }) {
+			v = strconv.Quote(v)
+		}
+		out = append(out, v)
+	}
+	return orNone(strings.Join(out, ", "))
 }
 
 func orNone(s string) string {
@@ -144,128 +177,4 @@ func (a Attest) String() string {
 		out = append(out, k+"="+a.Select[k])
 	}
 	return strings.Join(out, " ")
-}
-
-// checkEvidence reports pairs of workloads that one piece of evidence could
-// prove. Of a selector with several values, different ones count as apart:
-// whoever really has both is refused when it enrols.
-func (c *compiler) checkEvidence() {
-	type place struct {
-		w *CompiledWorkload
-		a Attest
-	}
-	shapes := map[string][]place{} // :: which selectors are there →
-	var order []string
-	for i := range c.workloads {
-		for _, a := range c.workloads[i].Attest {
-			if a.Kind == JoinToken {
-				continue
-			}
-			for _, one := range a.each() {
-				key := one.shape()
-				if shapes[key] == nil {
-					order = append(order, key)
-				}
-				shapes[key] = append(shapes[key], place{&c.workloads[i], one})
-			}
-		}
-	}
-	slices.Sort(order)
-	told := map[[2]string]bool{} // :: names of workloads
-	for n, first := range order {
-		for _, second := range order[n:] {
-			a, b := shapes[first][0].a, shapes[second][0].a
-			if a.Kind != b.Kind {
-				continue
-			}
-			common := commonKeys(a, b)
-			seen := map[string]*CompiledWorkload{} // :: values of the common keys → the first that has them
-			if first != second {
-				for _, p := range shapes[first] {
-					v := p.a.values(common)
-					if seen[v] == nil {
-						seen[v] = p.w
-					}
-				}
-			}
-			for _, p := range shapes[second] {
-				v := p.a.values(common)
-				other := seen[v]
-				if other == nil {
-					if first == second {
-						seen[v] = p.w
-					}
-					continue
-				}
-				if other.Name == p.w.Name || told[[2]string{other.Name, p.w.Name}] || told[[2]string{p.w.Name, other.Name}] {
-					continue
-				}
-				told[[2]string{other.Name, p.w.Name}] = true
-				s := c.setOf(p.w.Set)
-				c.errs.add(s.mistake(&c.errs, p.w.File, p.a.pos,
-					fmt.Sprintf("workload %s at %s:%d; give one of them a selector in which they differ", other.Name, other.File, other.Line),
-					fmt.Sprintf("the same evidence could prove two workloads, %s and %s", other.Name, p.w.Name)))
-			}
-		}
-	}
-}
-
-// each splits an entry that several agents may vouch for.
-func (a Attest) each() []Attest {
-	if len(a.Via) < 2 {
-		return []Attest{a}
-	}
-	out := make([]Attest, len(a.Via))
-	for i, v := range a.Via {
-		out[i] = a
-		out[i].Via = []string{v}
-	}
-	return out
-}
-
-// shape says which things an entry names, whatever their values.
-func (a Attest) shape() string {
-	return a.Kind + "\x00" + strings.Join(a.named(), "\x00")
-}
-
-// named lists what an entry names; "via" and "issuer" too.
-func (a Attest) named() []string {
-	out := a.keys()
-	if a.Issuer != "" {
-		out = append(out, "issuer")
-	}
-	if len(a.Via) > 0 {
-		out = append(out, "via")
-	}
-	return out
-}
-
-func commonKeys(a, b Attest) []string {
-	other := b.named()
-	return slices.DeleteFunc(a.named(), func(k string) bool { return !slices.Contains(other, k) })
-}
-
-// values joins what an entry says under some keys.
-func (a Attest) values(keys []string) string {
-	var b strings.Builder
-	for _, k := range keys {
-		v := a.Select[k]
-		switch {
-		case k == "issuer" && a.Issuer != "":
-			v = a.Issuer
-		case k == "via" && len(a.Via) > 0:
-			v = a.Via[0]
-		}
-		fmt.Fprintf(&b, "%d:%s", len(v), v)
-	}
-	return b.String()
-}
-
-func (c *compiler) setOf(name string) *Set {
-	for _, s := range c.sets {
-		if s.Name == name {
-			return s
-		}
-	}
-	return c.sets[0] // every workload is of a set
 }

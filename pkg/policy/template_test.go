@@ -113,6 +113,13 @@ func TestAttestMatch(t *testing.T) {
 	agent := spiffeid.RequireFromPath(td, "/agents/one")
 	shop := Attest{Kind: Kubernetes, Issuer: "prod", Select: map[string]string{"namespace": "shop", "serviceAccount": "payments"}}
 	host := Attest{Kind: Unix, Via: []string{"/agents/one"}, Select: map[string]string{"uid": "1000", "group": "docker"}}
+	anyCA := Attest{Kind: X509Pop, Select: map[string]string{"dns": "a"}}
+	rs := compileText(t, `apiVersion: sallyport.dev/v1
+kind: Workload
+metadata: {name: w}
+spec: {attest: [{kind: unix, via: [/agents/one], uid: 1000}]}
+`)
+	compiled := rs.Workloads()[0].Attest[0]
 	for name, c := range map[string]struct {
 		a            Attest
 		kind, issuer string
@@ -128,6 +135,16 @@ func TestAttestMatch(t *testing.T) {
 		"process":      {host, Unix, "", agent, Selectors{"uid": {"1000"}, "group": {"users", "docker"}}, ""},
 		"D4 no agent":  {host, Unix, "", spiffeid.ID{}, Selectors{"uid": {"1000"}, "group": {"docker"}}, "via: want /agents/one, got none"},
 		"D4 not named": {host, Unix, "", spiffeid.RequireFromPath(td, "/agents/two"), Selectors{"uid": {"1000"}, "group": {"docker"}}, "via: want /agents/one, got /agents/two"},
+		"D4 foreign":   {compiled, Unix, "", spiffeid.RequireFromString("spiffe://partner.example/agents/one"), Selectors{"uid": {"1000"}}, "via: want an agent of shop.example, got spiffe://partner.example/agents/one"},
+		"D4 compiled":  {compiled, Unix, "", agent, Selectors{"uid": {"1000"}}, ""},
+		"D4 vouched":   {shop, Kubernetes, "prod", agent, Selectors{"namespace": {"shop"}, "serviceAccount": {"payments"}}, "via: want none, got spiffe://shop.example/agents/one"},
+		"only issuer":  {anyCA, X509Pop, "", spiffeid.ID{}, Selectors{"dns": {"b", "a"}}, ""},
+		"D3 second CA": {anyCA, X509Pop, "factory", spiffeid.ID{}, Selectors{"dns": {"a"}}, "issuer: want none, got factory"},
+		"hostile":      {anyCA, X509Pop, "", spiffeid.ID{}, Selectors{"dns": {"\x1b[2J", "a, b", "c"}}, `dns: want a, got "\x1b[2J", "a, b", c`},
+		"many":         {anyCA, X509Pop, "", spiffeid.ID{}, Selectors{"dns": {"1", "2", "3", "4", "5", "6", "7"}}, "dns: want a, got 1, 2, 3, 4, 5, 2 more"},
+		"token":        {Attest{Kind: JoinToken}, JoinToken, "", spiffeid.ID{}, nil, "kind: a join token names its workload by itself"},
+		"zero":         {Attest{}, "", "", spiffeid.ID{}, nil, "kind: want none, got none"},
+		"unknown kind": {Attest{Kind: "tpm"}, "tpm", "", spiffeid.ID{}, nil, "kind: want tpm, got tpm"},
 		"group":        {host, Unix, "", agent, Selectors{"uid": {"1000"}, "group": {"users"}}, "group: want docker, got users"},
 	} {
 		ok, missed := c.a.Match(c.kind, c.issuer, c.via, c.s)
