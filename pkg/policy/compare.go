@@ -58,10 +58,8 @@ func newSide(rs *Ruleset, id string) side {
 	if i, ok := rs.workloadIndex(id); ok {
 		s.workload, s.exists = rs.workloads[i], true
 	}
-	for _, w := range rs.Templates() {
-		if parseVector(w.Pattern.String()).covers(parseVector(id)) {
-			s.workload, s.exists = w, true
-		}
+	if i, ok := rs.templateIndex(id); ok {
+		s.workload, s.exists = rs.templates[i], true
 	}
 	if w, ok := rs.foreign(id); ok {
 		s.workload, s.exists = w, true
@@ -78,49 +76,6 @@ func (s side) find(src string, port uint16) verdict {
 		return verdict{}
 	}
 	return s.index.find(src, port)
-}
-
-// templates compares what is said about the IDs of templates: about a witness of
-// each region that the rules cut out of them.
-func (c *comparison) templates() {
-	patterns := map[string]struct{}{}
-	var whole []vector
-	for _, r := range []*Ruleset{c.before, c.after} {
-		for _, w := range r.Templates() {
-			patterns[w.Pattern.String()] = struct{}{}
-			whole = append(whole, parseVector(w.Pattern.String()))
-			for _, side := range []*Ruleset{c.before, c.after} {
-				for p := range side.targetsOf(w) {
-					patterns[p] = struct{}{}
-				}
-			}
-		}
-	}
-	regions, ok := cutRegions(slices.Sorted(maps.Keys(patterns)))
-	if !ok {
-		c.diff.inexact = append(c.diff.inexact, "templated workloads")
-	}
-	for _, atom := range regions.atoms {
-		if slices.ContainsFunc(whole, func(v vector) bool { return v.covers(atom) }) {
-			c.destination(atom.witness(), c.title(atom.String()))
-		}
-	}
-}
-
-// targetsOf gives the parts of a template that rules have as their To.
-func (r *Ruleset) targetsOf(w CompiledWorkload) map[string]struct{} {
-	out := map[string]struct{}{}
-	if r == nil {
-		return out
-	}
-	for _, t := range r.targets {
-		for _, p := range t.to {
-			if both, ok := intersect(w.Pattern, p); ok {
-				out[both.String()] = struct{}{}
-			}
-		}
-	}
-	return out
 }
 
 // destination compares what is said about one destination, called title.

@@ -18,6 +18,7 @@ type Ruleset struct {
 	rules     []Rule             // in canonical order: see compareRules
 	workloads []CompiledWorkload // ordered by ID; nil on a sidecar
 	templates []CompiledWorkload // in the order of the sets
+	forms     trie[int]          // :: pattern of a template → index of templates
 	domains   []TrustDomain      // foreign ones, by name
 	byName    map[string]int     // :: metadata.name → index of workloads, of templates behind them
 
@@ -77,6 +78,7 @@ func newRuleset(rules []Rule, workloads, templates []CompiledWorkload) *Ruleset 
 	}
 	for i, w := range templates {
 		r.byName[w.Name] = len(workloads) + i
+		*r.forms.add(w.Pattern.String()) = i
 	}
 	seen := map[listKey]int32{} // :: To → index of targets
 	for i, rule := range rules {
@@ -197,12 +199,19 @@ func (r *Ruleset) Workload(id spiffeid.ID) (CompiledWorkload, bool) {
 	if i, ok := r.workloadIndex(id.String()); ok {
 		return r.workloads[i], true
 	}
-	for _, w := range r.Templates() {
-		if w.Pattern.Match(id) {
-			return w.at(id), true
-		}
+	if i, ok := r.templateIndex(id.String()); ok {
+		return r.templates[i].at(id), true
 	}
 	return CompiledWorkload{}, false
+}
+
+// templateIndex gives the template that an ID matches; no ID matches two.
+func (r *Ruleset) templateIndex(id string) (int, bool) {
+	found := -1
+	if r != nil {
+		r.forms.match(id, func(i *int) { found = *i })
+	}
+	return found, found >= 0
 }
 
 func (r *Ruleset) workloadIndex(id string) (int, bool) {

@@ -15,6 +15,9 @@ import (
 // in: id /ns/{namespace}/sa/{serviceAccount}. Each variable is a selector and
 // fills one whole segment, so that an ID alone says what the labels are.
 
+// MaxTemplates is how many templates there may be in all sets.
+const MaxTemplates = 1000
+
 // variable gives the name in "{name}".
 func variable(s string) (string, bool) {
 	name, ok := strings.CutPrefix(s, "{")
@@ -102,6 +105,24 @@ func (w Workload) variables() []string {
 		}
 	}
 	return out
+}
+
+// decidable reports whether an ID alone decides what the variables are, and can
+// never be one of Sallyport's own. Of a file, that was checked when it was parsed.
+func (w Workload) decidable() bool {
+	vars := w.variables()
+	for _, v := range w.Labels {
+		if name, ok := variable(v); ok && !slices.Contains(vars, name) {
+			return false
+		}
+	}
+	path, ok := strings.CutPrefix(w.ID, "/")
+	first, _, _ := strings.Cut(path, "/")
+	if !ok || strings.Contains(path, "*") || strings.Contains(first, "{") {
+		return false
+	}
+	slices.Sort(vars)
+	return len(slices.Compact(vars)) == len(w.variables())
 }
 
 // templatePattern gives the pattern of the IDs that w may have.
@@ -226,16 +247,20 @@ func (c *compiler) addTemplates() {
 				continue
 			}
 			p, err := w.templatePattern(c.td)
-			if err != nil {
-				c.errs.add(s.mistake(&c.errs, w.File, w.id, "", fmt.Sprintf("id %q: %v", shorten(w.ID), err)))
+			if err != nil || !w.decidable() {
+				c.errs.add(s.mistake(&c.errs, w.File, w.id, "", fmt.Sprintf("id %q is no template, or does not tell the labels", shorten(w.ID))))
 				continue
 			}
 			if strings.HasPrefix(w.ID, reservedPrefix) {
 				c.errs.add(s.mistake(&c.errs, w.File, w.id, "choose another id", fmt.Sprintf("id %s is reserved for Sallyport itself", w.ID)))
 				continue
 			}
+			if len(c.workloads) == c.exactN+MaxTemplates {
+				c.errs.add(s.mistake(&c.errs, w.File, w.id, "", fmt.Sprintf("more than %d templates in all sets", MaxTemplates)))
+				return
+			}
 			for _, o := range c.workloads {
-				if _, both := intersect(p, o.pattern()); both {
+				if _, both := intersect(p, o.pattern()); o.Template && both || p.Match(o.ID) {
 					c.errs.add(s.mistake(&c.errs, w.File, w.id, "give one of them another id",
 						fmt.Sprintf("the template %s can be the id of workload %s of %s, at %s:%d", w.ID, o.Name, c.setOf(o.Set).title(), o.File, o.Line)))
 				}
