@@ -117,7 +117,7 @@ func (f *fileReader) bundleEndpoint(d *TrustDomain, n *yaml.Node) {
 func (f *fileReader) endpointURL(text string, n *yaml.Node) {
 	u, err := url.Parse(text)
 	switch {
-	case err != nil || u.Host == "" || u.Opaque != "":
+	case err != nil || u.Hostname() == "" || u.Opaque != "":
 		f.fail(at(n), "", "spec.bundleEndpoint.url: %q is not a URL", shorten(text))
 	case u.Scheme != "https":
 		f.fail(at(n), "", "spec.bundleEndpoint.url must begin with https://")

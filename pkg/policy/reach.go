@@ -42,20 +42,25 @@ type sourceIndex struct {
 }
 
 // Reach gives the IDs of the workloads that src may reach on at least one of
-// their declared ports: own ones, ordered, then foreign ones; of templates, whose IDs nobody can list, none:
-// ask [Ruleset.Opens]. It is empty on a sidecar, which knows no workloads.
-func (r *Ruleset) Reach(src spiffeid.ID) []spiffeid.ID {
-	if r == nil || len(r.workloads) == 0 || src.IsZero() {
+// their declared ports: own ones, ordered, then instances, in their order, then
+// foreign ones. Nobody can list the IDs of templates: instances are those to be
+// considered, each once; any that is of no template is left out. Reach is empty
+// on a sidecar, which knows no workloads.
+func (r *Ruleset) Reach(src spiffeid.ID, instances ...spiffeid.ID) []spiffeid.ID {
+	if r == nil || src.IsZero() {
 		return nil
 	}
 	x := r.sourceIndex()
-	byDest := map[int32][]int32{} // :: index of workloads → rules about it that name src
+	byTarget := map[int32][]int32{} // :: index of targets → rules about it that name src
+	byDest := map[int32][]int32{}   // :: index of workloads → the same
 	var allowed []int32
 	for _, i := range x.rules(src.String()) {
-		if r.of[i] < 0 {
+		t := r.of[i]
+		if t < 0 {
 			continue
 		}
-		for _, w := range x.dests[r.of[i]] {
+		byTarget[t] = append(byTarget[t], i)
+		for _, w := range x.dests[t] {
 			byDest[w] = append(byDest[w], i)
 			if r.rules[i].Effect == Allow {
 				allowed = append(allowed, w)
@@ -69,14 +74,29 @@ func (r *Ruleset) Reach(src spiffeid.ID) []spiffeid.ID {
 			out = append(out, r.workloads[w].ID)
 		}
 	}
+	for _, id := range instances {
+		_, own := r.workloadIndex(id.String())
+		if t, ok := r.templateIndex(id.String()); ok && !own && r.opens(r.about(id, byTarget), r.templates[t].Ports) {
+			out = append(out, id)
+		}
+	}
 	for _, d := range r.domains {
 		for _, w := range d.Workloads {
-			if r.Opens(src, w.ID) {
+			if r.opens(r.about(w.ID, byTarget), w.Ports) {
 				out = append(out, w.ID)
 			}
 		}
 	}
 	return out
+}
+
+// about gives those of some rules that are about dst.
+func (r *Ruleset) about(dst spiffeid.ID, byTarget map[int32][]int32) []int32 {
+	var rules []int32
+	for _, t := range r.targetsTo(dst.String()) {
+		rules = append(rules, byTarget[t]...)
+	}
+	return rules
 }
 
 // Opens reports whether src may reach dst, a workload or an ID of a template, on at

@@ -255,16 +255,21 @@ func (r *Ruleset) For(self spiffeid.ID) *Ruleset {
 
 // rulesTo gives the indexes of the rules whose To matches id, ascending.
 func (r *Ruleset) rulesTo(id string) []int32 {
+	var rules []int32
+	for _, t := range r.targetsTo(id) {
+		rules = append(rules, r.targets[t].rules...)
+	}
+	slices.Sort(rules) // each rule belongs to one target
+	return rules
+}
+
+// targetsTo gives the indexes of the targets that match id, ascending.
+func (r *Ruleset) targetsTo(id string) []int32 {
 	var targets []int32
 	if d := r.dests[id]; d != nil {
 		targets = append(targets, d.targets...)
 	}
 	r.wild.match(id, func(ts *[]int32) { targets = append(targets, *ts...) })
 	slices.Sort(targets)
-	var rules []int32
-	for _, t := range slices.Compact(targets) {
-		rules = append(rules, r.targets[t].rules...)
-	}
-	slices.Sort(rules) // each rule belongs to one target
-	return rules
+	return slices.Compact(targets)
 }

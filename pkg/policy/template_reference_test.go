@@ -206,6 +206,12 @@ func TestTemplatesAgreeWithDocuments(t *testing.T) {
 					reach = append(reach, dst)
 				}
 			}
+			got := rs.Reach(src, universe...)
+			slices.SortFunc(got, func(a, b spiffeid.ID) int { return strings.Compare(a.String(), b.String()) })
+			slices.SortFunc(reach, func(a, b spiffeid.ID) int { return strings.Compare(a.String(), b.String()) })
+			if !slices.Equal(got, reach) {
+				t.Fatalf("Reach(%s): got %v, want %v", src, got, reach)
+			}
 			for _, dst := range universe {
 				if got, want := rs.Opens(src, dst), slices.Contains(reach, dst); got != want {
 					t.Fatalf("Opens(%s, %s): got %v, want %v", src, dst, got, want)
