@@ -6,11 +6,16 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 )
 
 // ErrGone says that a process has ended, or that its number belongs to another
 // one by now.
 var ErrGone = errors.New("the process has ended")
+
+// ErrChanged says that a process has another user or group than it had when it
+// connected. It may connect again.
+var ErrChanged = errors.New("the process has changed its user or group since it connected")
 
 // Process is one process, looked up once and pinned: what it says is true of the
 // very process that connected, even if its number is given to another meanwhile.
@@ -50,7 +55,32 @@ const (
 	maxHashes = 1024      // remembered at once
 	maxExe    = 512 << 20 // bytes of an executable that is hashed
 	maxProc   = 64 << 10  // bytes of a file below /proc
+
+	// settled is how long a file must not have changed before its hash is
+	// remembered; longer than a step of any file system's clock.
+	settled = 3 * time.Second
 )
+
+// parseFdinfo reads the process's number of a pidfd's fdinfo (pidfd_open(2)).
+func parseFdinfo(text string) (int, error) {
+	for line := range strings.Lines(text) {
+		value, ok := strings.CutPrefix(line, "Pid:")
+		if !ok {
+			continue
+		}
+		pid, err := strconv.ParseInt(strings.TrimSpace(value), 10, 32)
+		switch {
+		case err != nil:
+			return 0, fmt.Errorf("fdinfo: Pid: %w", err)
+		case pid == -1:
+			return 0, ErrGone
+		case pid <= 0:
+			return 0, errors.New("the process is outside the pid namespace of /proc")
+		}
+		return int(pid), nil
+	}
+	return 0, errors.New("fdinfo: Pid is missing")
+}
 
 // parseStatus reads Uid, Gid and Groups of /proc/PID/status (proc(5)).
 func parseStatus(text string) (uid, gid uint32, groups []uint32, err error) {
@@ -89,67 +119,3 @@ func parseStatus(text string) (uid, gid uint32, groups []uint32, err error) {
 	}
 	return uid, gid, groups, nil
 }
-
-// parseCgroup chooses one path of /proc/PID/cgroup (cgroups(7)): that of version
-// 2, else of systemd's hierarchy, else the first; one below the root before the
-// root itself.
-func parseCgroup(text string) string {
-	best, rank := "", 0
-	for line := range strings.Lines(text) {
-		parts := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
-		if len(parts) != 3 || !strings.HasPrefix(parts[2], "/") {
-			continue
-		}
-		r := 1
-		switch {
-		case parts[0] == "0" && parts[1] == "":
-			r = 3
-		case parts[1] == "name=systemd":
-			r = 2
-		}
-		if parts[2] != "/" {
-			r += 3
-		}
-		if r > rank {
-			best, rank = parts[2], r
-		}
-	}
-	return best
-}
-
-// unitOf gives the first service or scope of a path. Whoever runs a service may
-// name what lies below it as it likes, so nothing below counts.
-func unitOf(cgroup string) string {
-	for seg := range strings.SplitSeq(cgroup, "/") {
-		if strings.HasSuffix(seg, ".service") || strings.HasSuffix(seg, ".scope") {
-			return seg
-		}
-	}
-	return ""
-}
-
-// containerOf gives the container that a path names, as far as no service could
-// have made that name up.
-func containerOf(cgroup string) string {
-	before := ""
-	for seg := range strings.SplitSeq(cgroup, "/") {
-		if strings.HasSuffix(seg, ".service") {
-			return ""
-		}
-		id := strings.TrimSuffix(seg, ".scope")
-		scope := id != seg
-		for _, runtime := range []string{"docker-", "cri-containerd-", "crio-", "libpod-"} {
-			if rest, ok := strings.CutPrefix(id, runtime); ok && scope && isContainerID(rest) {
-				return rest
-			}
-		}
-		inside := before == "docker" || before == "libpod_parent" || strings.HasPrefix(before, "libpod-") || strings.HasPrefix(before, "pod")
-		if !scope && inside && isContainerID(seg) {
-			return seg
-		}
-		before = seg
-	}
-	return ""
-}
-
-func isContainerID(s string) bool { return len(s) == 64 && strings.Trim(s, "0123456789abcdef") == "" }

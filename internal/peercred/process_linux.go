@@ -1,9 +1,6 @@
 package peercred
 
 import (
-	"crypto/sha256"
-	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -12,10 +9,8 @@ import (
 	"os/user"
 	"slices"
 	"strconv"
-	"strings"
 	"syscall"
 
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -28,7 +23,8 @@ type handle struct {
 // Conn looks up the process at the other end of c. UID and GID are those of the
 // moment when it connected, whatever became of it; all else is true of the
 // process that connected or not said at all. It fails with [ErrGone] if that
-// process has ended. The caller closes the Process.
+// process has ended, with [ErrChanged] if it has another user by now. The caller
+// closes the Process.
 func (i *Inspector) Conn(c *net.UnixConn) (*Process, error) {
 	cred, err := Unix(c)
 	if err != nil {
@@ -45,13 +41,21 @@ func (i *Inspector) Conn(c *net.UnixConn) (*Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	p.UID, p.GID = cred.UID, cred.GID
+	// What was read is of one moment, the credentials of an earlier one: a process
+	// that became another user in between would be told by the rights of both.
+	if p.UID != cred.UID || p.GID != cred.GID {
+		p.Close()
+		return nil, fmt.Errorf("looking up process %d: %w", cred.PID, ErrChanged)
+	}
 	p.name()
 	return p, nil
 }
 
 // PID looks up a process by its number. Nothing is known about who asked for it.
 func (i *Inspector) PID(pid int) (*Process, error) {
+	if pid <= 0 {
+		return nil, fmt.Errorf("looking up process %d: not a process number", pid)
+	}
 	pidfd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
 		return nil, fmt.Errorf("looking up process %d: %w", pid, gone(err))
@@ -86,105 +90,6 @@ func gone(err error) error {
 	return err
 }
 
-// holder is for kernels without SO_PEERPIDFD: the process with that number is
-// believed to have connected only if it holds the other end of c. Its number may
-// have been given away since; another process does not have the socket.
-func holder(c *net.UnixConn, pid int) (int, error) {
-	pidfd, err := unix.PidfdOpen(pid, 0)
-	if err != nil {
-		return -1, gone(err)
-	}
-	holds, err := holdsPeer(c, pid)
-	if err == nil && !holds {
-		err = ErrGone
-	}
-	if err == nil {
-		err = alivePidfd(pidfd) // the folder that was read is this process's
-	}
-	if err != nil {
-		return -1, errors.Join(err, unix.Close(pidfd))
-	}
-	return pidfd, nil
-}
-
-func holdsPeer(c *net.UnixConn, pid int) (bool, error) {
-	peer, err := peerInode(c)
-	if err != nil {
-		return false, err
-	}
-	want := fmt.Sprintf("socket:[%d]", peer)
-	dir := "/proc/" + strconv.Itoa(pid) + "/fd"
-	fds, err := os.ReadDir(dir)
-	if err != nil {
-		return false, fmt.Errorf("reading its descriptors: %w", err)
-	}
-	for _, fd := range fds {
-		if link, err := os.Readlink(dir + "/" + fd.Name()); err == nil && link == want {
-			return true, nil
-		}
-	}
-	return false, nil
-}
-
-// Layout of struct unix_diag_req and unix_diag_msg, and what is asked for, in
-// linux/include/uapi/linux/unix_diag.h.
-const (
-	unixDiagReqLen   = 24
-	unixDiagMsgLen   = 16
-	unixDiagShowPeer = 4
-	unixDiagPeer     = 2
-)
-
-// peerInode asks sock_diag for the inode of the other end of c.
-func peerInode(c *net.UnixConn) (uint32, error) {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var st unix.Stat_t
-	var statErr error
-	if err := errors.Join(raw.Control(func(fd uintptr) { statErr = unix.Fstat(int(fd), &st) }), statErr); err != nil {
-		return 0, err
-	}
-	s, err := nl.Subscribe(unix.NETLINK_INET_DIAG)
-	if err != nil {
-		return 0, fmt.Errorf("opening sock_diag: %w", err)
-	}
-	defer s.Close()
-	limit := unix.NsecToTimeval(lookupLimit.Nanoseconds())
-	if err := errors.Join(s.SetSendTimeout(&limit), s.SetReceiveTimeout(&limit)); err != nil {
-		return 0, fmt.Errorf("opening sock_diag: %w", err)
-	}
-	ask := make([]byte, unixDiagReqLen)
-	ask[0] = unix.AF_UNIX
-	binary.NativeEndian.PutUint32(ask[4:], ^uint32(0)) // any state
-	binary.NativeEndian.PutUint32(ask[8:], uint32(st.Ino))
-	binary.NativeEndian.PutUint32(ask[12:], unixDiagShowPeer)
-	binary.NativeEndian.PutUint64(ask[16:], ^uint64(0)) // no cookie, twice
-	req := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, 0)
-	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_INET_DIAG: {Socket: s}}
-	req.AddRawData(ask)
-	answers, err := req.Execute(unix.NETLINK_INET_DIAG, nl.SOCK_DIAG_BY_FAMILY)
-	if err != nil {
-		return 0, fmt.Errorf("asking sock_diag: %w", err)
-	}
-	for _, a := range answers {
-		if len(a) < unixDiagMsgLen || binary.NativeEndian.Uint32(a[4:]) != uint32(st.Ino) {
-			continue
-		}
-		attrs, err := nl.ParseRouteAttr(a[unixDiagMsgLen:])
-		if err != nil {
-			return 0, fmt.Errorf("asking sock_diag: %w", err)
-		}
-		for _, attr := range attrs {
-			if attr.Attr.Type == unixDiagPeer && len(attr.Value) >= 4 {
-				return binary.NativeEndian.Uint32(attr.Value), nil
-			}
-		}
-	}
-	return 0, ErrNoOwner
-}
-
 // process takes over pidfd.
 func (i *Inspector) process(pid, pidfd int) (*Process, error) {
 	p := &Process{PID: int32(pid), handle: handle{pidfd: pidfd, dir: -1}}
@@ -196,10 +101,8 @@ func (i *Inspector) process(pid, pidfd int) (*Process, error) {
 }
 
 func (i *Inspector) read(p *Process) error {
-	var err error
-	p.dir, err = unix.Open("/proc/"+strconv.Itoa(int(p.PID)), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return gone(notThere(err))
+	if err := p.open(); err != nil {
+		return err
 	}
 	// The number was this process's when the folder was opened, if the process is
 	// still there now.
@@ -216,14 +119,46 @@ func (i *Inspector) read(p *Process) error {
 	if cgroup, err := p.file("cgroup"); err != nil {
 		p.miss("cgroup", err)
 	} else {
-		p.Cgroup = parseCgroup(string(cgroup))
-		p.Unit, p.Container = unitOf(p.Cgroup), containerOf(p.Cgroup)
+		var odd string
+		if p.Cgroup, p.Unit, p.Container, odd = parseCgroups(string(cgroup)); odd != "" {
+			p.miss("unit or container", errors.New(odd))
+		}
 	}
 	if err := i.executable(p); err != nil {
 		p.Path, p.SHA256 = "", ""
 		p.miss("path and sha256", err)
 	}
 	return p.Alive()
+}
+
+// open opens the process's folder. Its number there is asked of that very /proc,
+// which may be mounted from another pid namespace than this process lives in.
+func (p *Process) open() error {
+	proc, err := unix.Open("/proc", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(proc)
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(proc, &fs); err != nil {
+		return err
+	} else if fs.Type != unix.PROC_SUPER_MAGIC {
+		return errors.New("/proc is not the kernel's")
+	}
+	info, err := handle{dir: proc}.file("self/fdinfo/" + strconv.Itoa(p.pidfd))
+	if err != nil {
+		return fmt.Errorf("asking /proc for the process's number: %w", err)
+	}
+	pid, err := parseFdinfo(string(info))
+	if err != nil {
+		return err
+	}
+	p.dir, err = unix.Openat(proc, strconv.Itoa(pid), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		p.dir = -1
+		return gone(notThere(err))
+	}
+	return nil
 }
 
 func (p *Process) miss(what string, err error) {
@@ -256,91 +191,6 @@ func (h handle) file(name string) ([]byte, error) {
 		return nil, fmt.Errorf("%s has more than %d bytes", name, maxProc)
 	}
 	return data, nil
-}
-
-// executable reads path and hash of one and the same file: the process may change
-// its executable meanwhile, and is looked at again then.
-func (i *Inspector) executable(p *Process) error {
-	for range 3 {
-		fd, err := unix.Openat(p.dir, "exe", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return notThere(err)
-		}
-		path, hash, err := i.hash(p, os.NewFile(uintptr(fd), "exe"))
-		if !errors.Is(err, errChanged) {
-			p.Path, p.SHA256 = path, hash
-			return err
-		}
-	}
-	return errChanged
-}
-
-var errChanged = errors.New("the executable changes all the time")
-
-func (i *Inspector) hash(p *Process, exe *os.File) (path, hash string, err error) {
-	defer exe.Close()
-	buf := make([]byte, unix.PathMax)
-	n, err := unix.Readlinkat(p.dir, "exe", buf)
-	if err != nil {
-		return "", "", err
-	}
-	path = string(buf[:n])
-	if strings.HasSuffix(path, " (deleted)") { // another file may have that path by now
-		p.miss("path", errors.New("the executable was deleted or replaced; restart the program"))
-		path = ""
-	}
-	key, size, err := keyOf(int(exe.Fd()))
-	if err != nil {
-		return "", "", err
-	}
-	i.mu.Lock()
-	hash = i.hashes[key]
-	i.mu.Unlock()
-	if hash == "" {
-		if hash, err = sum(exe, size); err != nil {
-			return "", "", err
-		}
-		if again, _, err := keyOf(int(exe.Fd())); err != nil || again != key {
-			return "", "", errChanged
-		}
-		i.remember(key, hash)
-	}
-	var now unix.Stat_t
-	if err := unix.Fstatat(p.dir, "exe", &now, 0); err != nil {
-		return "", "", err
-	}
-	if uint64(now.Dev) != key.dev || now.Ino != key.ino {
-		return "", "", errChanged
-	}
-	return path, hash, nil
-}
-
-func (i *Inspector) remember(key fileKey, hash string) {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	if i.hashes == nil || len(i.hashes) >= maxHashes {
-		i.hashes = make(map[fileKey]string)
-	}
-	i.hashes[key] = hash
-}
-
-func keyOf(fd int) (fileKey, int64, error) {
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return fileKey{}, 0, err
-	}
-	return fileKey{uint64(st.Dev), st.Ino, st.Size, st.Mtim.Nano(), st.Ctim.Nano()}, st.Size, nil
-}
-
-func sum(f *os.File, size int64) (string, error) {
-	if size > maxExe {
-		return "", fmt.Errorf("the executable has %d bytes; at most %d are hashed", size, maxExe)
-	}
-	h := sha256.New()
-	if _, err := io.Copy(h, io.NewSectionReader(f, 0, maxExe)); err != nil {
-		return "", err
-	}
-	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
 // name looks up the names of user and groups.
