@@ -46,7 +46,7 @@ smoke: build ## run the demo's story and check it
 
 e2e: build ## run the programs through faults: kills, rotations, images, units
 	@go test -tags e2e -count=1 -v ./test/e2e/...
-	@go test -tags e2e -count=1 -v -timeout 30m -run '^TestPIDReuse100000$$' ./internal/peercred
+	@go test -tags e2e -count=1 -v -timeout 30m -run '^TestD6PIDReuse100000$$' ./internal/peercred
 
 lint: have-go ## check format, vet, staticcheck and the import rows
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "not formatted:"; echo "$$unformatted"; exit 1; }

@@ -4,5 +4,5 @@ package peercred
 
 import "testing"
 
-// TestPIDReuse100000 is TestPIDReuse at length.
-func TestPIDReuse100000(t *testing.T) { runRace(t, 100_000) }
+// TestD6PIDReuse100000 is TestD6PIDReuse at length.
+func TestD6PIDReuse100000(t *testing.T) { runInNamespace(t, "race 100000") }

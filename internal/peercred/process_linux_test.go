@@ -34,8 +34,16 @@ func playRole(role string) int {
 		err = connectAndSetuid(arg)
 	case "outerproc":
 		err = lookUpSelf()
-	case "race":
-		err = race(arg)
+	case "race", "shared":
+		if err = mountProc(); err != nil {
+			fmt.Fprintln(os.Stderr, "mounting /proc:", err)
+			return exitNoProc
+		}
+		if name == "race" {
+			err = race(arg)
+		} else {
+			err = shared(arg)
+		}
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -20,7 +20,10 @@ import (
 // anything, which is why no agent is believed that the Workload does not name. A
 // path is what the process's own mount namespace calls its executable, so it says
 // little without a hash where users can make namespaces; a script runs as its
-// interpreter; and a process can become another program after it was looked up.
+// interpreter; and a process can become another program before it was looked up,
+// the socket left to a relative, as well as after. Whoever may run a program can
+// give it libraries and input of its own: path and hash tell programs of one user
+// apart and belong beside a uid or a unit.
 //
 // Replay: there is nothing to replay. The selectors travel inside the agent's own
 // mutual TLS session, are taken from nobody but the agent whose SVID opened it, and
