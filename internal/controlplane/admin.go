@@ -37,6 +37,7 @@ type adminServer struct {
 	flows       *insight.Collector
 	reconciler  *reconciler
 	status      *statusReporter
+	verifiers   verifiers
 }
 
 // CreateToken implements the RPC.

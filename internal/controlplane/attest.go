@@ -52,7 +52,8 @@ func (a Attest) validate() error {
 
 // verifiers are what Attest describes, each by its name.
 type verifiers struct {
-	x509pop map[string]*attest.X509Pop
+	x509pop          map[string]*attest.X509Pop
+	kubernetes, oidc map[string]issuer.TokenVerifier
 }
 
 // openVerifiers reads the files that the configuration names.
@@ -71,11 +72,12 @@ func (c *ControlPlane) openVerifiers() error {
 
 // count says how many issuers of each kind there are, for Workloads that name none.
 func (v verifiers) count() map[string]int {
-	return map[string]int{policy.X509Pop: len(v.x509pop)}
+	return map[string]int{policy.X509Pop: len(v.x509pop), policy.Kubernetes: len(v.kubernetes), policy.OIDC: len(v.oidc)}
 }
 
 func (c *ControlPlane) issuerService() *issuer.Service {
 	return issuer.New(issuer.Config{
-		CA: c.ca, Registry: c.registry, X509Pop: c.verifiers.x509pop, Now: c.opts.Now, Log: c.log,
+		CA: c.ca, Registry: c.registry, Now: c.opts.Now, Log: c.log,
+		X509Pop: c.verifiers.x509pop, Kubernetes: c.verifiers.kubernetes, OIDC: c.verifiers.oidc,
 	})
 }

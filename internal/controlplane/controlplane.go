@@ -230,7 +230,7 @@ func (c *ControlPlane) adminServer() *grpc.Server {
 	s := grpc.NewServer(grpc.Creds(localCredentials{}), grpc.MaxRecvMsgSize(maxAdminMessage), grpc.MaxSendMsgSize(maxAdminMessage))
 	sallyportv1.RegisterAdminServer(s, &adminServer{
 		trustDomain: c.ca.TrustDomain(), catalog: c.catalog, audit: c.audit, registry: c.registry,
-		xds: c.xds, flows: c.flows, reconciler: c.reconciler,
+		xds: c.xds, flows: c.flows, reconciler: c.reconciler, verifiers: c.verifiers,
 		status: &statusReporter{
 			version: c.opts.Version, source: source, started: c.opts.Now(), problem: c.catalog.Problem,
 			authorities: c.authorities, registry: c.registry, xds: c.xds, reconciler: c.reconciler,

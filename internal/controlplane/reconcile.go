@@ -92,7 +92,7 @@ func (r *reconciler) run(ctx context.Context) error {
 			continue
 		}
 		if old := r.state.Load(); old == nil || old.Rules != in.catalog.Rules {
-			r.workloads(in.catalog.Rules.Workloads())
+			r.workloads(slices.Concat(in.catalog.Rules.Workloads(), in.catalog.Rules.Templates()))
 		}
 		r.state.Store(&in.catalog)
 		r.publish(r.snapshot(in))
