@@ -15,6 +15,8 @@ import (
 	"go.yaml.in/yaml/v4"
 
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
+	"github.com/sallyport-mesh/sallyport/internal/issuer/attest"
+	"github.com/sallyport-mesh/sallyport/internal/peercred"
 )
 
 // maxEvidence bounds an evidence file, in bytes.
@@ -76,20 +78,31 @@ func printIdentities(w io.Writer, resp *sallyportv1.IdentitiesResponse) {
 func (c *cli) identityExplain() *cobra.Command {
 	req := &sallyportv1.ExplainIdentityRequest{}
 	var file string
+	var pid int
 	cmd := &cobra.Command{
 		Use: "explain", Short: "Say which workload evidence would prove, and by what the others miss it", Args: cobra.NoArgs,
 		Long: `Explain looks at evidence as an enrolment would, and redeems nothing. --evidence
 names a file with a token (JWT), a PEM certificate chain, or a YAML or JSON mapping
-of selectors, which needs --kind; "-" is standard input. The exit code is 1 unless
-the evidence is good and proves exactly one workload.`,
+of selectors, which needs --kind; "-" is standard input. --pid looks at a process of
+this machine as an agent here would (Linux). The exit code is 1 unless the evidence
+is good and proves exactly one workload.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := c.evidence(req, file, cmd.InOrStdin()); err != nil {
+			read := c.process
+			if !cmd.Flags().Changed("pid") {
+				read = func(req *sallyportv1.ExplainIdentityRequest, _ int) error {
+					return c.evidence(req, file, cmd.InOrStdin())
+				}
+			} else if file != "" {
+				return errors.New("--pid and --evidence exclude each other")
+			}
+			if err := read(req, pid); err != nil {
 				return err
 			}
 			return c.explainIdentity(cmd.Context(), req)
 		},
 	}
 	cmd.Flags().StringVar(&file, "evidence", "", "`file` with the evidence")
+	cmd.Flags().IntVar(&pid, "pid", 0, "`number` of a process of this machine")
 	cmd.Flags().StringVar(&req.Kind, "kind", "", "kind of evidence: x509pop, kubernetes, oidc, unix")
 	cmd.Flags().StringVar(&req.Issuer, "issuer", "", "`name` under attest in the control plane's configuration (default: the only one)")
 	cmd.Flags().StringVar(&req.Via, "via", "", "kind unix: the `agent`'s name, /path or ID (default: the only one that Workloads name)")
@@ -112,10 +125,30 @@ func (c *cli) explainIdentity(ctx context.Context, req *sallyportv1.ExplainIdent
 	})
 }
 
+// process looks at a process as an agent would, and says what it could not read.
+func (c *cli) process(req *sallyportv1.ExplainIdentityRequest, pid int) error {
+	if req.GetKind() != "" && req.GetKind() != attest.KindUnix {
+		return fmt.Errorf("--kind %s: a process is evidence of kind %s", req.GetKind(), attest.KindUnix)
+	}
+	p, err := new(peercred.Inspector).PID(pid)
+	if err != nil {
+		return err
+	}
+	defer p.Close()
+	for _, missing := range p.Missing {
+		fmt.Fprintf(c.stderr, "not known: %s\n", missing)
+	}
+	req.Kind, req.Selectors = attest.KindUnix, map[string]*sallyportv1.Values{}
+	for key, values := range attest.ProcessSelectors(p) {
+		req.Selectors[key] = &sallyportv1.Values{Values: values}
+	}
+	return nil
+}
+
 // evidence reads a file into the request.
 func (c *cli) evidence(req *sallyportv1.ExplainIdentityRequest, file string, stdin io.Reader) error {
 	if file == "" {
-		return errors.New("explain needs --evidence")
+		return errors.New("explain needs --evidence or --pid")
 	}
 	in := stdin
 	if file != "-" {

@@ -46,7 +46,7 @@ func (h *host) admit() {
 
 func process(uid string) *sallyportv1.Process {
 	return &sallyportv1.Process{Selectors: map[string]*sallyportv1.Values{
-		"uid": {Values: []string{uid}}, "path": {Values: []string{"/usr/bin/web"}},
+		"uid": {Values: []string{uid}}, "gid": {Values: []string{"100"}}, "path": {Values: []string{"/usr/bin/web"}},
 	}}
 }
 
@@ -105,7 +105,7 @@ func TestD4AgentIsIssuedOnlyForWorkloadsThatNameIt(t *testing.T) {
 		{"a process for others", web, process("1000"), codes.PermissionDenied},
 		{"no selectors", h.agent, &sallyportv1.Process{}, codes.InvalidArgument},
 		{"no process", h.agent, nil, codes.InvalidArgument},
-		{"many selectors", h.agent, &sallyportv1.Process{Selectors: map[string]*sallyportv1.Values{"uid": {Values: make([]string, maxValues+1)}}}, codes.InvalidArgument},
+		{"two users", h.agent, &sallyportv1.Process{Selectors: map[string]*sallyportv1.Values{"uid": {Values: []string{"1000", "0"}}, "gid": {Values: []string{"100"}}}}, codes.InvalidArgument},
 		{"a control character", h.agent, process("1000\n"), codes.InvalidArgument},
 	} {
 		if got, err := h.issueFor(t, c.svid, c.p); status.Code(err) != c.code {

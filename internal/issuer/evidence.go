@@ -19,7 +19,7 @@ import (
 const (
 	kindKubernetes = policy.Kubernetes
 	kindOIDC       = policy.OIDC
-	kindUnix       = policy.Unix
+	kindUnix       = attest.KindUnix
 
 	// maxToken is the size limit of a bearer's token in bytes.
 	maxToken = 12 << 10

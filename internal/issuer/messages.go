@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"strings"
 	"time"
-	"unicode"
 
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
@@ -28,11 +27,6 @@ const (
 	// somebody is there to mend it. Later ones are not refused for it: an outage
 	// would be worse than a clock that is a minute off.
 	maxSkew = 30 * time.Second
-
-	// Bounds of what an agent says of a process: keys, values of a key, bytes.
-	maxSelectors = 32
-	maxValues    = 256
-	maxValue     = 4 << 10
 )
 
 // kinds lists the evidence that Enroll takes.
@@ -196,23 +190,15 @@ func checkUnknown(m protoreflect.Message) error {
 
 // readProcess takes an agent's word for a process.
 func readProcess(p *sallyportv1.Process) (attest.Verified, error) {
-	if n := len(p.GetSelectors()); n == 0 || n > maxSelectors {
-		return attest.Verified{}, malformed("a process with %d selectors: want 1 to %d", n, maxSelectors)
-	}
 	v := attest.Verified{Kind: kindUnix, Selectors: attest.Selectors{}}
 	for key, values := range p.GetSelectors() {
-		if n := len(values.GetValues()); n == 0 || n > maxValues {
-			return attest.Verified{}, malformed("selector %.64q with %d values: want 1 to %d", key, n, maxValues)
-		}
-		for _, value := range values.GetValues() {
-			if len(value) > maxValue || strings.ContainsFunc(value, func(r rune) bool { return !unicode.IsPrint(r) }) {
-				return attest.Verified{}, malformed("selector %.64q: a value is not one line of at most %d printable bytes", key, maxValue)
-			}
-		}
 		v.Selectors[key] = values.GetValues()
 	}
+	if err := attest.CheckProcess(v.Selectors); err != nil {
+		return attest.Verified{}, malformed("%v", err)
+	}
 	var subject []string
-	for _, key := range []string{"uid", "user", "unit", "path"} {
+	for _, key := range []string{"uid", "user", "unit", "container", "path"} {
 		for _, value := range v.Selectors[key] {
 			subject = append(subject, fmt.Sprintf("%s %.128s", key, value))
 		}
