@@ -2,8 +2,6 @@ package controlplane
 
 import (
 	"context"
-	"encoding/base64"
-	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -19,7 +17,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
-	"github.com/sallyport-mesh/sallyport/internal/issuer"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/attest"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/registry"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
@@ -173,7 +170,7 @@ func (a *adminServer) certificate(req *sallyportv1.ExplainIdentityRequest, rest 
 	if kind := req.GetKind(); kind != "" && kind != policy.X509Pop {
 		return attest.Verified{}, status.Errorf(codes.InvalidArgument, "kind %s: a PEM file is evidence of kind %s", kind, policy.X509Pop)
 	}
-	pop, err := verifierOf(policy.X509Pop, a.verifiers.x509pop, req.GetIssuer())
+	pop, _, err := verifierOf(policy.X509Pop, a.verifiers.x509pop, req.GetIssuer())
 	if err != nil {
 		return attest.Verified{}, err
 	}
@@ -182,45 +179,28 @@ func (a *adminServer) certificate(req *sallyportv1.ExplainIdentityRequest, rest 
 
 // token explains a platform's token as its verifier sees it.
 func (a *adminServer) token(ctx context.Context, req *sallyportv1.ExplainIdentityRequest, token string) (attest.Verified, error) {
-	kind := req.GetKind()
+	kind, found := attest.Unverified(token)
 	if kind == "" {
-		kind = kindOfToken(token)
+		return attest.Verified{}, status.Error(codes.InvalidArgument, "the evidence is neither PEM nor a token of the form header.claims.signature")
 	}
-	all := map[string]map[string]issuer.TokenVerifier{policy.Kubernetes: a.verifiers.kubernetes, policy.OIDC: a.verifiers.oidc}[kind]
-	if kind != policy.Kubernetes && kind != policy.OIDC {
-		return attest.Verified{}, status.Errorf(codes.InvalidArgument, "the evidence is neither PEM nor a token (a JWT), and no %q", kind)
+	if req.GetKind() != "" && req.GetKind() != kind {
+		return attest.Verified{}, status.Errorf(codes.InvalidArgument, "kind %s: this token is evidence of kind %s", req.GetKind(), kind)
 	}
-	verifier, err := verifierOf(kind, all, req.GetIssuer())
+	all := a.verifiers.oidc
+	if kind == attest.KindKubernetes {
+		all = a.verifiers.kubernetes
+	}
+	verifier, name, err := verifierOf(kind, all, req.GetIssuer())
 	if err != nil {
 		return attest.Verified{}, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, explainTimeout)
 	defer cancel()
 	v, err := verifier.Verify(ctx, token)
-	if err != nil {
-		v.Kind = kind
-		if !errors.Is(err, attest.ErrBadEvidence) {
-			err = fmt.Errorf("%w: %w", attest.ErrUnreachable, err)
-		}
+	if err != nil { // say which workload it would prove if it were good
+		v = attest.Verified{Kind: kind, Issuer: name, Selectors: found}
 	}
 	return v, err
-}
-
-// kindOfToken guesses from what a token says of itself.
-func kindOfToken(token string) string {
-	parts := strings.Split(token, ".")
-	if len(parts) != 3 {
-		return ""
-	}
-	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
-	var claims map[string]json.RawMessage
-	if err != nil || json.Unmarshal(payload, &claims) != nil {
-		return ""
-	}
-	if _, ok := claims["kubernetes.io"]; ok {
-		return policy.Kubernetes
-	}
-	return policy.OIDC
 }
 
 // agent is who vouches: the one that is named, or the only one that any Workload
@@ -251,20 +231,21 @@ func (a *adminServer) agent(rules *policy.Ruleset, ref string) (spiffeid.ID, err
 	return spiffeid.ID{}, status.Errorf(codes.InvalidArgument, "say by which agent (--via): Workloads name %s", strings.Join(all[:min(len(all), 20)], ", "))
 }
 
-// verifierOf finds who checks evidence: the issuer that is named, or the only one.
-func verifierOf[V any](kind string, all map[string]V, name string) (v V, err error) {
+// verifierOf finds who checks evidence, the issuer that is named or the only one,
+// and its name.
+func verifierOf[V any](kind string, all map[string]V, name string) (v V, _ string, err error) {
 	names := slices.Sorted(maps.Keys(all))
 	switch {
 	case len(all) == 0:
-		return v, status.Errorf(codes.FailedPrecondition, "attest.%s is not configured on this control plane, so no evidence of this kind is accepted", kind)
+		return v, "", status.Errorf(codes.FailedPrecondition, "attest.%s is not configured on this control plane, so no evidence of this kind is accepted", kind)
 	case name == "" && len(all) > 1:
-		return v, status.Errorf(codes.InvalidArgument, "say by which issuer (--issuer): attest.%s has %s", kind, strings.Join(names, ", "))
+		return v, "", status.Errorf(codes.InvalidArgument, "say by which issuer (--issuer): attest.%s has %s", kind, strings.Join(names, ", "))
 	case name == "":
 		name = names[0]
 	}
 	v, ok := all[name]
 	if !ok {
-		return v, status.Errorf(codes.InvalidArgument, "attest.%s has no %q; it has %s", kind, name, strings.Join(names, ", "))
+		return v, "", status.Errorf(codes.InvalidArgument, "attest.%s has no %q; it has %s", kind, name, strings.Join(names, ", "))
 	}
-	return v, nil
+	return v, name, nil
 }

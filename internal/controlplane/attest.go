@@ -13,7 +13,9 @@ import (
 // Attest names who may vouch for workloads, besides operators with their join
 // tokens. A kind of which nobody is named is refused.
 type Attest struct {
-	X509Pop []attest.X509PopConfig `yaml:"x509pop"`
+	Kubernetes []attest.KubernetesConfig `yaml:"kubernetes"`
+	OIDC       []attest.OIDCConfig       `yaml:"oidc"`
+	X509Pop    []attest.X509PopConfig    `yaml:"x509pop"`
 }
 
 // issuerName is what a Workload can name: a lower-case DNS label.
@@ -22,6 +24,13 @@ var issuerName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
 // files gives the paths that are relative to the configuration file.
 func (a *Attest) files() []*string {
 	var out []*string
+	for i := range a.Kubernetes {
+		k := &a.Kubernetes[i]
+		out = append(out, &k.JWKSFile, &k.CAFile, &k.TokenFile, &k.TokenReview.CAFile, &k.TokenReview.TokenFile)
+	}
+	for i := range a.OIDC {
+		out = append(out, &a.OIDC[i].CAFile)
+	}
 	for i := range a.X509Pop {
 		out = append(out, &a.X509Pop[i].CAFile)
 	}
@@ -42,6 +51,12 @@ func (a Attest) validate() error {
 		taken[kind+"/"+name] = true
 		return key
 	}
+	for i, c := range a.Kubernetes {
+		name(policy.Kubernetes, i, c.Name)
+	}
+	for i, c := range a.OIDC {
+		name(policy.OIDC, i, c.Name)
+	}
 	for i, c := range a.X509Pop {
 		if key := name(policy.X509Pop, i, c.Name); c.CAFile == "" {
 			errs = append(errs, fmt.Errorf("%s.caFile: required", key))
@@ -56,10 +71,27 @@ type verifiers struct {
 	kubernetes, oidc map[string]issuer.TokenVerifier
 }
 
-// openVerifiers reads the files that the configuration names.
+// openVerifiers checks what the configuration says of those who vouch, and asks
+// none of them.
 func (c *ControlPlane) openVerifiers() error {
 	v := &c.verifiers
-	v.x509pop = map[string]*attest.X509Pop{}
+	v.kubernetes, v.oidc, v.x509pop = map[string]issuer.TokenVerifier{}, map[string]issuer.TokenVerifier{}, map[string]*attest.X509Pop{}
+	for i, cfg := range c.cfg.Attest.Kubernetes {
+		cfg.Now = c.opts.Now
+		k, err := attest.NewKubernetes(cfg)
+		if err != nil {
+			return fmt.Errorf("attest.kubernetes[%d]: %w", i, err)
+		}
+		v.kubernetes[cfg.Name] = k
+	}
+	for i, cfg := range c.cfg.Attest.OIDC {
+		cfg.Now = c.opts.Now
+		o, err := attest.NewOIDC(cfg)
+		if err != nil {
+			return fmt.Errorf("attest.oidc[%d]: %w", i, err)
+		}
+		v.oidc[cfg.Name] = o
+	}
 	for i, cfg := range c.cfg.Attest.X509Pop {
 		cfg.Now = c.opts.Now
 		var err error

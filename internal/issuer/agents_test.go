@@ -15,6 +15,7 @@ import (
 
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/audit"
+	"github.com/sallyport-mesh/sallyport/internal/issuer/attest"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/ca"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
@@ -38,7 +39,7 @@ func newHost(t *testing.T) *host {
 func (h *host) admit() {
 	via := func(name, agent, uid string) policy.CompiledWorkload {
 		w := workload(name)
-		w.Attest = []policy.Attest{{Kind: kindUnix, Via: []string{"/shop/" + agent}, Select: map[string]string{"uid": uid}}}
+		w.Attest = []policy.Attest{{Kind: attest.KindUnix, Via: []string{"/shop/" + agent}, Select: map[string]string{"uid": uid}}}
 		return w
 	}
 	h.registry.SetWorkloads([]policy.CompiledWorkload{workload("payments"), workload("orders"), via("web", "orders", "1000"), via("db", "payments", "2000")})
@@ -75,7 +76,7 @@ func TestIssueFor(t *testing.T) {
 	}
 	inst, err := h.registry.Instance(t.Context(), ca.Instance(leaf))
 	require.NoError(t, err)
-	if inst.Via != h.agent.ID || inst.Agent != h.msg.GetInstance() || inst.Kind != kindUnix || !strings.Contains(inst.Subject, "uid 1000, path /usr/bin/web") {
+	if inst.Via != h.agent.ID || inst.Agent != h.msg.GetInstance() || inst.Kind != attest.KindUnix || !strings.Contains(inst.Subject, "uid 1000, path /usr/bin/web") {
 		t.Errorf("got %+v", inst)
 	}
 	records, err := h.audit.Renewals(t.Context(), 0)

@@ -13,16 +13,9 @@ import (
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/attest"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/registry"
-	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
 
 const (
-	kindKubernetes = policy.Kubernetes
-	kindOIDC       = policy.OIDC
-	kindUnix       = attest.KindUnix
-
-	// maxToken is the size limit of a bearer's token in bytes.
-	maxToken = 12 << 10
 	// outsideTimeout bounds what a verifier may ask of others for one token.
 	outsideTimeout = 5 * time.Second
 )
@@ -71,9 +64,9 @@ func (s *Service) evidence(ctx context.Context, h *hello) (*evidence, error) {
 			return s.admit(ctx, got, h.newKey, a.origin)
 		}}, nil
 	case *sallyportv1.Hello_Kubernetes:
-		return s.bearer(kindKubernetes, s.cfg.Kubernetes, h, e.Kubernetes)
+		return s.bearer(attest.KindKubernetes, s.cfg.Kubernetes, h, e.Kubernetes)
 	case *sallyportv1.Hello_Oidc:
-		return s.bearer(kindOIDC, s.cfg.OIDC, h, e.Oidc)
+		return s.bearer(attest.KindOIDC, s.cfg.OIDC, h, e.Oidc)
 	}
 	return nil, malformed("evidence of type %T", h.evidence) // impossible: readHello looked
 }

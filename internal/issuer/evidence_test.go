@@ -80,7 +80,7 @@ type platforms struct {
 
 func newPlatforms(t *testing.T) *platforms {
 	t.Helper()
-	p := &platforms{server: newServer(t), kube: &platform{kind: kindKubernetes}, oidc: &platform{kind: kindOIDC}, factoryKey: newKey(t)}
+	p := &platforms{server: newServer(t), kube: &platform{kind: attest.KindKubernetes}, oidc: &platform{kind: attest.KindOIDC}, factoryKey: newKey(t)}
 	p.factory = p.certificate(t, &x509.Certificate{
 		Subject: pkix.Name{CommonName: "factory"}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 	}, p.factoryKey)
@@ -98,8 +98,8 @@ func newPlatforms(t *testing.T) *platforms {
 func (p *platforms) admitAll() {
 	payments := workload("payments")
 	payments.Attest = append(payments.Attest,
-		policy.Attest{Kind: kindKubernetes, Select: map[string]string{"namespace": "shop"}},
-		policy.Attest{Kind: kindOIDC, Issuer: "prod", Select: map[string]string{"claims.repository": "shop"}},
+		policy.Attest{Kind: attest.KindKubernetes, Select: map[string]string{"namespace": "shop"}},
+		policy.Attest{Kind: attest.KindOIDC, Issuer: "prod", Select: map[string]string{"claims.repository": "shop"}},
 		policy.Attest{Kind: attest.KindX509Pop, Select: map[string]string{"commonName": "press-7"}})
 	p.registry.SetWorkloads([]policy.CompiledWorkload{payments, workload("orders")})
 }
@@ -132,7 +132,7 @@ func (p *platforms) attempts(t *testing.T) map[string]*attempt {
 		require.NoError(t, err)
 		return sig
 	}
-	return map[string]*attempt{kindKubernetes: kube, kindOIDC: oidc, attest.KindX509Pop: pop, attest.KindJoinToken: p.tokenAttempt(t)}
+	return map[string]*attempt{attest.KindKubernetes: kube, attest.KindOIDC: oidc, attest.KindX509Pop: pop, attest.KindJoinToken: p.tokenAttempt(t)}
 }
 
 func TestEnrollByEveryKindThenRenewThenComeBack(t *testing.T) {
@@ -195,27 +195,29 @@ func TestEnrollRefusesEvidence(t *testing.T) {
 		code       codes.Code
 		text       string
 	}{
-		{kindKubernetes, "unknown token", func(_ *platforms, a *attempt) { a.hello.GetKubernetes().Token = "x" }, codes.Unauthenticated, "signature does not fit"},
-		{kindKubernetes, "no token", func(_ *platforms, a *attempt) { a.hello.GetKubernetes().Token = "" }, codes.InvalidArgument, "token of 1 to"},
-		{kindKubernetes, "large token", func(_ *platforms, a *attempt) { a.hello.GetKubernetes().Token = strings.Repeat("x", maxToken+1) }, codes.InvalidArgument, "token of 1 to"},
-		{kindKubernetes, "empty message", func(_ *platforms, a *attempt) { a.hello.Evidence = &sallyportv1.Hello_Kubernetes{} }, codes.InvalidArgument, ""},
-		{kindKubernetes, "unknown cluster", func(_ *platforms, a *attempt) { a.hello.GetKubernetes().Issuer = "test" }, codes.FailedPrecondition, `no issuer "test" on this control plane; it has prod`},
-		{kindKubernetes, "which cluster", func(p *platforms, _ *attempt) { p.cfg.Kubernetes["test"] = p.kube }, codes.FailedPrecondition, "name one of prod, test"},
-		{kindKubernetes, "not configured", func(p *platforms, _ *attempt) { p.cfg.Kubernetes = nil }, codes.FailedPrecondition, "attest.kubernetes in its configuration"},
-		{kindOIDC, "not configured", func(p *platforms, _ *attempt) { p.cfg.OIDC = nil }, codes.FailedPrecondition, "attest.oidc in its configuration"},
+		{attest.KindKubernetes, "unknown token", func(_ *platforms, a *attempt) { a.hello.GetKubernetes().Token = "x" }, codes.Unauthenticated, "signature does not fit"},
+		{attest.KindKubernetes, "no token", func(_ *platforms, a *attempt) { a.hello.GetKubernetes().Token = "" }, codes.InvalidArgument, "token of 1 to"},
+		{attest.KindKubernetes, "large token", func(_ *platforms, a *attempt) {
+			a.hello.GetKubernetes().Token = strings.Repeat("x", attest.MaxBearer+1)
+		}, codes.InvalidArgument, "token of 1 to"},
+		{attest.KindKubernetes, "empty message", func(_ *platforms, a *attempt) { a.hello.Evidence = &sallyportv1.Hello_Kubernetes{} }, codes.InvalidArgument, ""},
+		{attest.KindKubernetes, "unknown cluster", func(_ *platforms, a *attempt) { a.hello.GetKubernetes().Issuer = "test" }, codes.FailedPrecondition, `no issuer "test" on this control plane; it has prod`},
+		{attest.KindKubernetes, "which cluster", func(p *platforms, _ *attempt) { p.cfg.Kubernetes["test"] = p.kube }, codes.FailedPrecondition, "name one of prod, test"},
+		{attest.KindKubernetes, "not configured", func(p *platforms, _ *attempt) { p.cfg.Kubernetes = nil }, codes.FailedPrecondition, "attest.kubernetes in its configuration"},
+		{attest.KindOIDC, "not configured", func(p *platforms, _ *attempt) { p.cfg.OIDC = nil }, codes.FailedPrecondition, "attest.oidc in its configuration"},
 		{attest.KindX509Pop, "not configured", func(p *platforms, _ *attempt) { p.cfg.X509Pop = nil }, codes.FailedPrecondition, "attest.x509pop in its configuration"},
-		{kindKubernetes, "E3 of another kind", func(p *platforms, a *attempt) {
+		{attest.KindKubernetes, "E3 of another kind", func(p *platforms, a *attempt) {
 			a.hello.GetKubernetes().Token = p.oidc.token(p.now().Add(time.Hour)) + "0"
 		}, codes.Unauthenticated, "signature"},
-		{kindOIDC, "E3 issuer cannot be asked", func(p *platforms, _ *attempt) {
+		{attest.KindOIDC, "E3 issuer cannot be asked", func(p *platforms, _ *attempt) {
 			p.oidc.down = func(context.Context) error { return fmt.Errorf("%w: no route", attest.ErrUnreachable) }
 		}, codes.Unavailable, "cannot be asked"},
-		{kindOIDC, "E3 issuer fails in its own way", func(p *platforms, _ *attempt) {
+		{attest.KindOIDC, "E3 issuer fails in its own way", func(p *platforms, _ *attempt) {
 			p.oidc.down = func(context.Context) error { return fmt.Errorf("boom") }
 		}, codes.Internal, "log says why"},
-		{kindOIDC, "no enrolment key", func(_ *platforms, a *attempt) { a.hello.NewEnrollmentKey = nil }, codes.InvalidArgument, "enrolment key"},
-		{kindOIDC, "clock ahead", func(p *platforms, a *attempt) { a.hello.ClientTime.Seconds += 3600 }, codes.FailedPrecondition, "ahead"},
-		{kindOIDC, "used by another", func(p *platforms, a *attempt) {
+		{attest.KindOIDC, "no enrolment key", func(_ *platforms, a *attempt) { a.hello.NewEnrollmentKey = nil }, codes.InvalidArgument, "enrolment key"},
+		{attest.KindOIDC, "clock ahead", func(p *platforms, a *attempt) { a.hello.ClientTime.Seconds += 3600 }, codes.FailedPrecondition, "ahead"},
+		{attest.KindOIDC, "used by another", func(p *platforms, a *attempt) {
 			other := *a
 			_, err := other.run(p.t, p.client(p.t, nil))
 			require.NoError(p.t, err)
@@ -223,21 +225,21 @@ func TestEnrollRefusesEvidence(t *testing.T) {
 			a.hello.NewEnrollmentKey, err = x509.MarshalPKIXPublicKey(a.enrolment.Public())
 			require.NoError(p.t, err)
 		}, codes.Unauthenticated, "redeemed already"},
-		{kindOIDC, "repeated with the registered key but without its private half", func(p *platforms, a *attempt) {
+		{attest.KindOIDC, "repeated with the registered key but without its private half", func(p *platforms, a *attempt) {
 			_, err := a.run(p.t, p.client(p.t, nil))
 			require.NoError(p.t, err)
 			a.enrolment = newKey(p.t)
 		}, codes.Unauthenticated, "proof"},
-		{kindOIDC, "D4 nobody admits it", func(p *platforms, _ *attempt) {
+		{attest.KindOIDC, "D4 nobody admits it", func(p *platforms, _ *attempt) {
 			p.registry.SetWorkloads([]policy.CompiledWorkload{workload("payments")})
 		}, codes.PermissionDenied, "no workload admits this evidence"},
-		{kindOIDC, "two admit it", func(p *platforms, _ *attempt) {
-			twin := policy.Attest{Kind: kindOIDC, Issuer: "prod", Select: map[string]string{"claims.repository": "shop"}}
+		{attest.KindOIDC, "two admit it", func(p *platforms, _ *attempt) {
+			twin := policy.Attest{Kind: attest.KindOIDC, Issuer: "prod", Select: map[string]string{"claims.repository": "shop"}}
 			one, two := workload("one"), workload("two")
 			one.Attest, two.Attest = []policy.Attest{twin}, []policy.Attest{twin}
 			p.registry.SetWorkloads([]policy.CompiledWorkload{one, two})
 		}, codes.FailedPrecondition, "more than one workload"},
-		{kindOIDC, "a signature that is not asked for", func(_ *platforms, a *attempt) { a.possession = func([]byte) []byte { return []byte("x") } }, codes.InvalidArgument, "x509pop only"},
+		{attest.KindOIDC, "a signature that is not asked for", func(_ *platforms, a *attempt) { a.possession = func([]byte) []byte { return []byte("x") } }, codes.InvalidArgument, "x509pop only"},
 		{attest.KindX509Pop, "no possession", func(_ *platforms, a *attempt) { a.possession = nil }, codes.Unauthenticated, "proof does not fit"},
 		{attest.KindX509Pop, "replayed possession", func(_ *platforms, a *attempt) {
 			good := a.possession
@@ -274,7 +276,7 @@ func TestEnrollRefusesEvidence(t *testing.T) {
 // Whoever has not answered the challenge makes nobody be asked.
 func TestTokensAreVerifiedAfterTheChallenge(t *testing.T) {
 	p := newPlatforms(t)
-	a := p.attempts(t)[kindKubernetes]
+	a := p.attempts(t)[attest.KindKubernetes]
 	a.proof = func([]byte) []byte { return []byte("x") }
 	if _, err := a.run(t, p.client(t, nil)); status.Code(err) != codes.Unauthenticated {
 		t.Errorf("got %v", err)
@@ -305,7 +307,7 @@ func TestOutsideCallsAreBounded(t *testing.T) {
 	c := p.client(t, nil)
 	var wg sync.WaitGroup
 	for range maxOutsideOfHost {
-		a := p.attempts(t)[kindKubernetes]
+		a := p.attempts(t)[attest.KindKubernetes]
 		wg.Go(func() {
 			if _, err := a.run(t, c); status.Code(err) != codes.Unavailable {
 				t.Errorf("within the share: got %v", err)
@@ -315,7 +317,7 @@ func TestOutsideCallsAreBounded(t *testing.T) {
 	for range maxOutsideOfHost {
 		<-entered
 	}
-	if _, err := p.attempts(t)[kindKubernetes].run(t, c); status.Code(err) != codes.ResourceExhausted {
+	if _, err := p.attempts(t)[attest.KindKubernetes].run(t, c); status.Code(err) != codes.ResourceExhausted {
 		t.Errorf("beyond the share: got %v", err)
 	}
 	close(release)

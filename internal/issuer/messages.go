@@ -30,7 +30,7 @@ const (
 )
 
 // kinds lists the evidence that Enroll takes.
-var kinds = []string{attest.KindJoinToken, attest.KindEnrollmentKey, attest.KindX509Pop, kindKubernetes, kindOIDC}
+var kinds = []string{attest.KindJoinToken, attest.KindEnrollmentKey, attest.KindX509Pop, attest.KindKubernetes, attest.KindOIDC}
 
 // hello is a Hello that was checked as far as that goes without the store.
 type hello struct {
@@ -84,9 +84,9 @@ func checkEvidence(m *sallyportv1.Hello) error {
 			return malformed("x509pop: a chain of 1 to %d certificates, and a CA's name of at most %d bytes", attest.MaxChain, maxName)
 		}
 	case *sallyportv1.Hello_Kubernetes:
-		return checkBearer(kindKubernetes, e.Kubernetes)
+		return checkBearer(attest.KindKubernetes, e.Kubernetes)
 	case *sallyportv1.Hello_Oidc:
-		return checkBearer(kindOIDC, e.Oidc)
+		return checkBearer(attest.KindOIDC, e.Oidc)
 	default:
 		return malformed("no evidence: this version accepts %s", strings.Join(kinds, ", "))
 	}
@@ -94,8 +94,8 @@ func checkEvidence(m *sallyportv1.Hello) error {
 }
 
 func checkBearer(kind string, t *sallyportv1.BearerToken) error {
-	if n := len(t.GetToken()); n == 0 || n > maxToken || len(t.GetIssuer()) > maxName {
-		return malformed("%s: a token of 1 to %d bytes, and an issuer's name of at most %d", kind, maxToken, maxName)
+	if n := len(t.GetToken()); n == 0 || n > attest.MaxBearer || len(t.GetIssuer()) > maxName {
+		return malformed("%s: a token of 1 to %d bytes, and an issuer's name of at most %d", kind, attest.MaxBearer, maxName)
 	}
 	return nil
 }
@@ -190,7 +190,7 @@ func checkUnknown(m protoreflect.Message) error {
 
 // readProcess takes an agent's word for a process.
 func readProcess(p *sallyportv1.Process) (attest.Verified, error) {
-	v := attest.Verified{Kind: kindUnix, Selectors: attest.Selectors{}}
+	v := attest.Verified{Kind: attest.KindUnix, Selectors: attest.Selectors{}}
 	for key, values := range p.GetSelectors() {
 		v.Selectors[key] = values.GetValues()
 	}
