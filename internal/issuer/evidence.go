@@ -28,8 +28,9 @@ type TokenVerifier interface {
 
 // evidence is a claim that a Proof by key will make good.
 type evidence struct {
-	kind string
-	key  *ecdsa.PublicKey // answers the challenge
+	kind    string
+	checked bool             // it is good as far as that is known before the Proof
+	key     *ecdsa.PublicKey // answers the challenge
 	// accept is called when it was answered. Whatever costs the control plane
 	// more than some signatures waits until then.
 	accept func(ctx context.Context, p answer) (registry.Instance, error)
@@ -56,7 +57,7 @@ func (s *Service) evidence(ctx context.Context, h *hello) (*evidence, error) {
 		if err != nil {
 			return nil, err
 		}
-		return &evidence{attest.KindX509Pop, h.newKey, func(ctx context.Context, a answer) (registry.Instance, error) {
+		return &evidence{attest.KindX509Pop, false, h.newKey, func(ctx context.Context, a answer) (registry.Instance, error) {
 			got, err := v.Verify(e.X509Pop.GetChain(), a.nonce, h.csr, a.signature)
 			if err != nil {
 				return registry.Instance{}, err
@@ -75,7 +76,7 @@ func (s *Service) joinToken(ctx context.Context, h *hello, token *sallyportv1.Jo
 	if err := s.cfg.Registry.CheckToken(ctx, token.GetId(), token.GetSecret()); err != nil {
 		return nil, err
 	}
-	return &evidence{attest.KindJoinToken, h.newKey, func(ctx context.Context, a answer) (registry.Instance, error) {
+	return &evidence{attest.KindJoinToken, true, h.newKey, func(ctx context.Context, a answer) (registry.Instance, error) {
 		return s.cfg.Registry.Redeem(ctx, registry.Redemption{
 			TokenID: token.GetId(), Secret: token.GetSecret(), Key: h.newKey, Origin: a.origin,
 		})
@@ -91,7 +92,7 @@ func (s *Service) enrollmentKey(ctx context.Context, instance string) (*evidence
 	if err != nil {
 		return nil, err
 	}
-	return &evidence{attest.KindEnrollmentKey, key, func(ctx context.Context, _ answer) (registry.Instance, error) {
+	return &evidence{attest.KindEnrollmentKey, true, key, func(ctx context.Context, _ answer) (registry.Instance, error) {
 		return s.cfg.Registry.Entitlement(ctx, inst.ID, inst.Name)
 	}}, nil
 }
@@ -101,7 +102,7 @@ func (s *Service) bearer(kind string, verifiers map[string]TokenVerifier, h *hel
 	if err != nil {
 		return nil, err
 	}
-	return &evidence{kind, h.newKey, func(ctx context.Context, a answer) (registry.Instance, error) {
+	return &evidence{kind, false, h.newKey, func(ctx context.Context, a answer) (registry.Instance, error) {
 		got, err := s.verify(ctx, v, token.GetToken(), a.origin)
 		if err != nil {
 			return registry.Instance{}, err

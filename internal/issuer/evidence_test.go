@@ -292,7 +292,8 @@ func TestTokensAreVerifiedAfterTheChallenge(t *testing.T) {
 	}
 }
 
-// One host with slow tokens takes its share of the calls and no more.
+// One host with slow tokens takes its share of the calls and no more; some more of
+// its own wait.
 func TestOutsideCallsAreBounded(t *testing.T) {
 	p := newPlatforms(t)
 	entered, release := make(chan struct{}, 100), make(chan struct{})
@@ -306,7 +307,7 @@ func TestOutsideCallsAreBounded(t *testing.T) {
 	}
 	c := p.client(t, nil)
 	var wg sync.WaitGroup
-	for range maxOutsideOfHost {
+	for range maxWaitingOfHost {
 		a := p.attempts(t)[attest.KindKubernetes]
 		wg.Go(func() {
 			if _, err := a.run(t, c); status.Code(err) != codes.Unavailable {
@@ -317,13 +318,45 @@ func TestOutsideCallsAreBounded(t *testing.T) {
 	for range maxOutsideOfHost {
 		<-entered
 	}
+	waiting := func() int {
+		p.outside.mu.Lock()
+		defer p.outside.mu.Unlock()
+		n := 0
+		for _, h := range p.outside.hosts {
+			n += h.users
+		}
+		return n
+	}
+	require.Eventually(t, func() bool { return waiting() == maxWaitingOfHost }, 3*time.Second, time.Millisecond)
+	if len(entered) != 0 {
+		t.Errorf("%d calls beyond the share", len(entered))
+	}
 	if _, err := p.attempts(t)[attest.KindKubernetes].run(t, c); status.Code(err) != codes.ResourceExhausted {
-		t.Errorf("beyond the share: got %v", err)
+		t.Errorf("beyond what may wait: got %v", err)
 	}
 	close(release)
 	wg.Wait()
 	if len(p.outside.hosts) != 0 || len(p.outside.slots) != 0 {
 		t.Errorf("left behind: %v, %d slots", p.outside.hosts, len(p.outside.slots))
+	}
+}
+
+// A stranger who shows junk and then waits holds nobody up.
+func TestUnprovenEvidenceHoldsNoSlot(t *testing.T) {
+	p := newPlatforms(t)
+	c := p.client(t, nil)
+	for range cap(p.slots) - 1 {
+		p.slots <- struct{}{}
+	}
+	for _, evidence := range []*attempt{p.attempts(t)[attest.KindX509Pop], p.attempts(t)[attest.KindOIDC]} {
+		stream, err := c.Enroll(t.Context())
+		require.NoError(t, err)
+		require.NoError(t, stream.Send(helloMsg(evidence.hello)))
+		_, err = stream.Recv() // the challenge, never answered
+		require.NoError(t, err)
+	}
+	if _, err := p.tokenAttempt(t).run(t, c); err != nil {
+		t.Errorf("got %v", err)
 	}
 }
 

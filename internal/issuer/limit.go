@@ -26,16 +26,19 @@ const (
 	// each several times in an SVID's or a token's life.
 	processRate  = 50
 	processBurst = 1000
-	// maxOutside bounds the questions to other systems in progress, and
-	// maxOutsideOfHost those that one host causes.
+	// maxOutside bounds the questions to other systems in progress,
+	// maxOutsideOfHost those that one host causes, and maxWaitingOfHost these
+	// together with those that wait to be asked.
 	maxOutside       = 32
 	maxOutsideOfHost = 4
+	maxWaitingOfHost = 32
 	// maxBuckets bounds one generation of a limiter's buckets.
 	maxBuckets = 8192
 	// refusalRate is how many refusals are logged in a second; anyone may cause one.
 	refusalRate = 10
 
-	// maxGuests bounds the streams that wait for their Hello, and maxGuestsOfHost
+	// maxGuests bounds the streams that wait for their Hello, and as many may wait
+	// for the Proof of evidence that is not looked at before; maxGuestsOfHost bounds
 	// those of one IPv4 address or IPv6 /64.
 	maxGuests       = 2048
 	maxGuestsOfHost = 32
@@ -68,7 +71,7 @@ func (l *limiter) allow(instance string, now time.Time) bool {
 	return bucket.AllowN(now, 1)
 }
 
-// lobby is where streams wait that said nothing yet. Nobody is refused: for a
+// lobby is where streams wait that showed nothing yet. Nobody is refused: for a
 // newcomer whoever waits longest has to go, of the same host if that is crowded.
 type lobby struct {
 	mu     sync.Mutex
@@ -124,44 +127,68 @@ type gate struct {
 	slots chan struct{}
 
 	mu    sync.Mutex
-	hosts map[string]int // guarded by mu :: host → its calls in progress, waiting ones too
+	hosts map[string]*share // guarded by mu :: host → its part
 }
 
-// enter waits for a slot, or says that there is none in time, or that this host
-// has its share. The caller calls leave.
+// share is what one host may have of a gate.
+type share struct {
+	slots chan struct{}
+	users int // calls in progress and waiting; guarded by gate.mu
+}
+
+// enter waits for a slot, or says that there is none in time, or that too many of
+// this host wait already. The caller calls leave.
 func (g *gate) enter(ctx context.Context, host string) (leave func(), err error) {
-	if !g.add(host) {
+	own, ok := g.join(host)
+	if !ok {
 		return nil, errBusy
 	}
-	select {
-	case g.slots <- struct{}{}:
-		return func() {
-			<-g.slots
-			g.remove(host)
-		}, nil
-	case <-ctx.Done():
-		g.remove(host)
+	held := 0
+	for _, slots := range []chan struct{}{own.slots, g.slots} {
+		select {
+		case slots <- struct{}{}:
+			held++
+		case <-ctx.Done():
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	leave = func() {
+		for _, slots := range []chan struct{}{own.slots, g.slots}[:held] {
+			<-slots
+		}
+		g.part(host)
+	}
+	if held < 2 {
+		leave()
 		return nil, errBusy
 	}
+	return leave, nil
 }
 
-func (g *gate) add(host string) bool {
+func (g *gate) join(host string) (*share, bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.hosts == nil {
-		g.hosts = map[string]int{}
+		g.hosts = map[string]*share{}
 	}
-	if g.hosts[host] == maxOutsideOfHost {
-		return false
+	own := g.hosts[host]
+	if own == nil {
+		own = &share{slots: make(chan struct{}, maxOutsideOfHost)}
+		g.hosts[host] = own
 	}
-	g.hosts[host]++
-	return true
+	if own.users == maxWaitingOfHost {
+		return nil, false
+	}
+	own.users++
+	return own, true
 }
 
-func (g *gate) remove(host string) {
+func (g *gate) part(host string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.hosts[host]--; g.hosts[host] == 0 {
+	if g.hosts[host].users--; g.hosts[host].users == 0 {
 		delete(g.hosts, host)
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -52,6 +53,7 @@ type Service struct {
 	cfg      Config
 	log      hclog.Logger
 	lobby    lobby         // streams that have no Hello yet
+	unproven lobby         // streams that have no Proof yet, of evidence that is unchecked until then
 	slots    chan struct{} // one per enrolment in progress
 	deadline time.Duration
 	silence  time.Duration
@@ -101,17 +103,16 @@ func (s *Service) Enroll(stream sallyportv1.Enrollment_EnrollServer) error {
 }
 
 func (s *Service) enroll(ctx context.Context, d dialogue, origin string) error {
-	msg, err := s.recvHello(ctx, d, origin)
+	msg, err := s.recvIn(ctx, d, &s.lobby, origin)
 	if err != nil {
 		return err
 	}
 	// Not before: a slot is for those who said something.
-	select {
-	case s.slots <- struct{}{}:
-		defer func() { <-s.slots }()
-	default:
-		return errBusy
+	leave, err := s.slot()
+	if err != nil {
+		return err
 	}
+	defer func() { leave() }()
 	h, err := s.readHello(msg)
 	if err != nil {
 		return err
@@ -127,7 +128,17 @@ func (s *Service) enroll(ctx context.Context, d dialogue, origin string) error {
 	if err := d.challenge(nonce); err != nil {
 		return err
 	}
-	if msg, err = d.recv(ctx); err != nil {
+	if ev.checked {
+		msg, err = d.recv(ctx)
+	} else { // anyone can come as far as this, so not with a slot
+		leave()
+		msg, err = s.recvIn(ctx, d, &s.unproven, origin)
+		var busy error
+		if leave, busy = s.slot(); busy != nil {
+			return errors.Join(err, busy)
+		}
+	}
+	if err != nil {
 		return err
 	}
 	proof, err := readProof(msg, ev.kind)
@@ -156,10 +167,21 @@ func (s *Service) enroll(ctx context.Context, d dialogue, origin string) error {
 	return d.issued(svid)
 }
 
-func (s *Service) recvHello(ctx context.Context, d dialogue, origin string) (*sallyportv1.EnrollRequest, error) {
-	ctx, leave := s.lobby.enter(ctx, hostOf(origin))
+// recvIn waits for the next message in a lobby.
+func (s *Service) recvIn(ctx context.Context, d dialogue, l *lobby, origin string) (*sallyportv1.EnrollRequest, error) {
+	ctx, leave := l.enter(ctx, hostOf(origin))
 	defer leave()
 	return d.recv(ctx)
+}
+
+// slot takes one of the slots, or says that none is free. leave is never nil.
+func (s *Service) slot() (leave func(), err error) {
+	select {
+	case s.slots <- struct{}{}:
+		return sync.OnceFunc(func() { <-s.slots }), nil
+	default:
+		return func() {}, errBusy
+	}
 }
 
 // refused logs a refusal, and counts those for which there is no line.
