@@ -31,7 +31,7 @@ type Sources struct {
 type Revocation struct {
 	Version string
 	Entries int
-	Age     time.Duration // since it was issued
+	Stale   time.Duration // for which a newer one may have gone unnoticed
 }
 
 // Metrics counts connections as a [flow.Sink] and exposes Sources.
@@ -99,7 +99,7 @@ func newSource(s Sources) *source {
 
 		list:        desc("revocation_list_info", "Always 1; the version of the revocation list in force.", "version"),
 		listEntries: desc("revocation_list_entries", "Entries of the revocation list in force."),
-		listAge:     desc("revocation_list_age_seconds", "Seconds since the revocation list in force was issued."),
+		listAge:     desc("revocation_list_age_seconds", "Seconds for which a newer revocation list may have gone unnoticed."),
 		lists:       desc("neighbour_lists_total", "Revocation lists that neighbours sent, by what became of them.", "outcome"),
 		revoked:     desc("revoked_connections_total", "Live connections cut because their peer was revoked.", "side"),
 	}
@@ -164,7 +164,7 @@ func (c *source) collectRevocation(gauge func(*prometheus.Desc, float64, ...stri
 		if r, ok := c.s.Revocation(); ok {
 			gauge(c.list, 1, r.Version)
 			gauge(c.listEntries, float64(r.Entries))
-			gauge(c.listAge, r.Age.Seconds())
+			gauge(c.listAge, r.Stale.Seconds())
 		}
 	}
 	if c.s.NeighbourLists != nil {

@@ -48,8 +48,9 @@ type InboundConfig struct {
 	Apps          []App
 	Source        identity.Source
 	Views         *Views
-	Book          *revocation.Book // which peers are revoked; nil: none
-	Neighbours    *Neighbours      // with whom the revocation list is shared; nil: nobody
+	Book          *revocation.Book     // which peers are revoked; nil: none
+	Neighbours    *Neighbours          // with whom the revocation list is shared; nil: nobody
+	Stale         func() time.Duration // for how long revocations may have gone unnoticed; nil: none ever does
 	Sink          flow.Sink
 	Idle          time.Duration // connections on which nothing moves are closed after this; 0: never
 	MaxConns      int           // 0: DefaultMaxConns
@@ -289,6 +290,9 @@ func (in *Inbound) stream(ctx context.Context, peer peer, req *tunnel.Incoming) 
 		f.Duration = in.cfg.Now().Sub(c.start)
 		in.cfg.Sink.Record(f)
 	}()
+	if v.allowed() {
+		v = in.fresh(v)
+	}
 	if v.allowed() && !namesUs(req.Target.Host, self.ID) {
 		v = verdict{status: http.StatusNotFound, why: "addressed to another name", portName: v.portName, revision: v.revision}
 	}

@@ -5,8 +5,10 @@ import (
 	"crypto/tls"
 	"errors"
 	"io"
+	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -14,6 +16,7 @@ import (
 
 	"github.com/sallyport-mesh/sallyport/internal/flow"
 	"github.com/sallyport-mesh/sallyport/internal/tunnel"
+	"github.com/sallyport-mesh/sallyport/internal/xds"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
@@ -170,4 +173,46 @@ func TestRevokedBeforeTheRequest(t *testing.T) {
 	if f := only(t, s.flows); f.Outcome != flow.Refused || !strings.HasPrefix(f.Error, "revoked: ") {
 		t.Errorf("record: %+v", f)
 	}
+}
+
+// A workload may refuse new callers while its sidecar cannot know who is revoked.
+func TestMaxStale(t *testing.T) {
+	w := newWorld(t)
+	var stale atomic.Int64
+	s := w.limited(InboundConfig{Stale: func() time.Duration { return time.Duration(stale.Load()) }})
+	limit := func(m policy.MaxStale) {
+		s.views.Apply(xds.Update{
+			Kind: xds.Rules, Rev: xds.Revision{Epoch: 1, N: 2}, Rules: policy.NewRuleset([]policy.Rule{allow(orders)}),
+			Ports: []policy.Port{tcpPort, httpPort, idle}, MaxStale: m,
+		})
+	}
+	c := w.client(orders, "/shop/payments:tcp", s.endpoint("a"))
+	live := c.dial(t)
+	roundTrip(t, live, "before")
+	for _, m := range []policy.MaxStale{{}, {After: time.Hour}, {After: 3 * time.Hour, Refuse: true}} {
+		stale.Store(int64(2 * time.Hour))
+		limit(m)
+		roundTrip(t, c.dial(t), "let in")
+	}
+	limit(policy.MaxStale{After: time.Hour, Refuse: true})
+	before := s.flows.Len()
+	expectRefused(t, c)
+	roundTrip(t, live, "still here")
+	require.Eventually(t, func() bool { return c.flows.Len() > 0 && s.flows.Len() > before }, 5*time.Second, time.Millisecond)
+	if f := s.flows.Newest(1, nil)[0]; f.Outcome != flow.Refused || f.Error != "for 2h0m0s nothing was heard of revocations, and maxStale is 1h0m0s" {
+		t.Errorf("record: %+v", f)
+	}
+	if f := c.flows.Newest(1, nil)[0]; f.Outcome != flow.Failed || !strings.Contains(f.Error, "status 503") || !strings.Contains(f.Error, staleReason) {
+		t.Errorf("caller's record: %+v", f)
+	}
+	stale.Store(int64(time.Minute))
+	require.Eventually(t, func() bool { // once the endpoint is no last resort any more
+		conn, err := net.Dial("tcp", c.Addrs()[0].String())
+		require.NoError(t, err)
+		defer conn.Close()
+		_ = conn.SetDeadline(time.Now().Add(time.Second))
+		_, _ = conn.Write([]byte("x"))
+		n, _ := conn.Read(make([]byte, 1))
+		return n == 1
+	}, 5*time.Second, time.Millisecond)
 }

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"fmt"
 	"net/http"
 	"time"
 
@@ -77,3 +78,23 @@ func (t *conns) cutRevoked(book *revocation.Book, base func(*conn) verdict) {
 		}
 	}
 }
+
+// fresh is v unless the workload refuses callers while it may not know who is
+// revoked. Only new connections ask: live ones stay.
+func (in *Inbound) fresh(v verdict) verdict {
+	limit := in.cfg.Views.Load().maxStale
+	if !limit.Refuse || limit.After == 0 || in.cfg.Stale == nil {
+		return v
+	}
+	stale := in.cfg.Stale()
+	if stale <= limit.After {
+		return v
+	}
+	return verdict{
+		status: http.StatusServiceUnavailable, portName: v.portName, revision: v.revision, told: staleReason,
+		why: fmt.Sprintf("for %s nothing was heard of revocations, and maxStale is %s", stale.Round(time.Second), limit.After),
+	}
+}
+
+// staleReason is what a caller is told.
+const staleReason = "the destination may not know who is revoked and refuses new connections; see spec.maxStale"

@@ -26,6 +26,7 @@ import (
 type View struct {
 	rules    *policy.Ruleset             // nil before the first
 	ports    map[uint16]policy.Port      // declared ports of the own workload
+	maxStale policy.MaxStale             // of the own workload
 	services map[spiffeid.ID]xds.Service // destinations
 	revs     map[xds.Kind]xds.Revision   // what has arrived
 	trust    uint64                      // grows with each update of the bundles
@@ -36,18 +37,19 @@ type verdict struct {
 	policy.Decision
 	status   int    // what a refused peer is told; 0 when allowed
 	why      string // for the record, where no rule was asked
+	told     string // for the peer, where no rule was asked
 	portName string
 	revision string
 }
 
 func (v verdict) allowed() bool { return v.status == 0 }
 
-// toldReason is what a refused peer may know: only the reason of a deny rule.
+// toldReason is what a refused peer may know: of rules only the reason of a deny.
 func (v verdict) toldReason() string {
 	if v.Effect == policy.Deny && !v.Rule.IsZero() {
 		return v.Reason
 	}
-	return ""
+	return v.told
 }
 
 // decide answers q. Everything is refused before the first rules, and on every
@@ -69,6 +71,9 @@ func (v *View) decide(q policy.Request) verdict {
 	}
 	return out
 }
+
+// MaxStale is what becomes of callers while revocations may be unknown.
+func (v *View) MaxStale() policy.MaxStale { return v.maxStale }
 
 // HasRules reports whether rules, and with them the own declared ports, have
 // arrived.
@@ -121,7 +126,7 @@ func (s *Views) Apply(u xds.Update) {
 	next.revs[u.Kind] = u.Rev
 	switch u.Kind {
 	case xds.Rules:
-		next.rules = u.Rules
+		next.rules, next.maxStale = u.Rules, u.MaxStale
 		next.ports = make(map[uint16]policy.Port, len(u.Ports))
 		for _, p := range u.Ports {
 			next.ports[p.Number] = p

@@ -21,9 +21,11 @@ import (
 const (
 	// revocationFile keeps the newest list over a restart, 0600.
 	revocationFile = "revocations.pb"
-	// staleAfter is how old the list may be while the control plane, which signs it
-	// anew all the time, is away.
+	// staleAfter is after how long without news of revocations health tells, where
+	// the workload does not say.
 	staleAfter = 15 * time.Minute
+	// forEver is for how long a sidecar has heard nothing that never heard anything.
+	forEver = 100 * 365 * 24 * time.Hour
 )
 
 // keeper saves the book's newest list in the state folder, apart from whoever
@@ -128,6 +130,23 @@ func writeList(dir string, envelope []byte) error {
 	return nil
 }
 
+// stale is for how long a revocation may have gone unnoticed: since the control
+// plane was last connected or, where a neighbour has passed on a later list, since
+// that was signed.
+func (s *Sidecar) stale() time.Duration {
+	if s.health.Get(componentLink).Status == admin.OK {
+		return 0
+	}
+	out := forEver
+	if at := s.heard.Load(); at != 0 {
+		out = s.now().Sub(time.Unix(0, at))
+	}
+	if age, ok := s.book.Age(s.agent.ID().TrustDomain()); ok {
+		out = min(out, age)
+	}
+	return max(out, 0)
+}
+
 // revocationHealth says whether we know who is revoked, and whether we are.
 func (s *Sidecar) revocationHealth() (admin.Status, string) {
 	if svid, err := s.agent.Source().GetX509SVID(); err == nil {
@@ -136,9 +155,14 @@ func (s *Sidecar) revocationHealth() (admin.Status, string) {
 			return admin.Down, fmt.Sprintf("this sidecar's own certificate is refused by its peers (%v); an operator can readmit it: sallyport identity unrevoke", err)
 		}
 	}
-	age, ok := s.book.Age(s.agent.ID().TrustDomain())
-	if ok && age > staleAfter && s.health.Get(componentLink).Status != admin.OK {
-		return admin.Degraded, fmt.Sprintf("the revocation list is %s old and there is no connection to the control plane: what was revoked since is known only if a neighbour tells", age.Round(time.Second))
+	stale, limit := s.stale(), s.views.Load().MaxStale()
+	switch {
+	case stale == forEver:
+		return admin.OK, "" // it is starting, and other components say so
+	case limit.After > 0 && limit.Refuse && stale > limit.After:
+		return admin.Down, fmt.Sprintf("for %s nothing was heard of revocations, from the control plane or a neighbour: new connections are refused, as spec.maxStale says", stale.Round(time.Second))
+	case limit.After > 0 && stale > limit.After, limit.After == 0 && stale > staleAfter:
+		return admin.Degraded, fmt.Sprintf("for %s nothing was heard of revocations, from the control plane or a neighbour: somebody who was revoked since may still connect", stale.Round(time.Second))
 	}
 	return admin.OK, ""
 }
@@ -147,9 +171,8 @@ func (s *Sidecar) revocationHealth() (admin.Status, string) {
 func (s *Sidecar) revocationState() (admin.Revocation, bool) {
 	td := s.agent.ID().TrustDomain()
 	l := s.book.List(td)
-	age, ok := s.book.Age(td)
-	if !ok {
+	if l == nil {
 		return admin.Revocation{}, false
 	}
-	return admin.Revocation{Version: l.Version().String(), Entries: l.Len(), Age: age}, true
+	return admin.Revocation{Version: l.Version().String(), Entries: l.Len(), Stale: s.stale()}, true
 }

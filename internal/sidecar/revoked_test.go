@@ -33,6 +33,7 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/revocation"
 	"github.com/sallyport-mesh/sallyport/internal/xds"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
+	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
 
 // link is a way to the control plane that can be cut.
@@ -260,6 +261,12 @@ func TestF6CutOffSidecarLearnsFromNeighbours(t *testing.T) {
 		}
 		return nil
 	})
+	if d := b.stale(); d <= 0 || d > meshtest.Deadline {
+		t.Errorf("cut off a moment ago, b believes that it has heard nothing for %v", d)
+	}
+	if d := c.stale(); d != 0 {
+		t.Errorf("connected, c believes that it has heard nothing for %v", d)
+	}
 	second := sign(2, "/x")
 	start := time.Now()
 	require.NoError(t, push(c, second))
@@ -315,5 +322,26 @@ func TestF6CutOffSidecarLearnsFromNeighbours(t *testing.T) {
 	defer restarted.close()
 	if v := restarted.book.List(b.agent.ID().TrustDomain()).Version(); v.Number != 2 {
 		t.Errorf("after a restart list %s is in force", v)
+	}
+	for _, c := range []struct {
+		after time.Duration
+		limit policy.MaxStale
+		want  admin.Status
+	}{
+		{0, policy.MaxStale{After: time.Hour, Refuse: true}, admin.OK},
+		{2 * time.Hour, policy.MaxStale{After: time.Hour, Refuse: true}, admin.Down},
+		{2 * time.Hour, policy.MaxStale{After: time.Hour}, admin.Degraded},
+		{2 * time.Hour, policy.MaxStale{After: 3 * time.Hour}, admin.OK},
+		{staleAfter / 2, policy.MaxStale{}, admin.OK},
+		{2 * staleAfter, policy.MaxStale{}, admin.Degraded},
+	} {
+		restarted.now = func() time.Time { return time.Now().Add(c.after) }
+		restarted.book = revocation.NewBook(restarted.agent.Source(), restarted.now)
+		_, err := restarted.book.Restore(second)
+		require.NoError(t, err)
+		restarted.views.Apply(xds.Update{Kind: xds.Rules, Rules: policy.NewRuleset(nil), MaxStale: c.limit})
+		if got, why := restarted.revocationHealth(); got != c.want {
+			t.Errorf("%v without news, limit %+v: got %v (%s), want %v", c.after, c.limit, got, why, c.want)
+		}
 	}
 }

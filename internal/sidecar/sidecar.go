@@ -54,6 +54,7 @@ type Sidecar struct {
 	book     *revocation.Book
 	near     *proxy.Neighbours
 	keeper   *keeper
+	heard    atomic.Int64 // when the control plane was last connected, in Unix nanoseconds; 0: never
 	inbound  *proxy.Inbound
 	outbound *proxy.Outbound
 	announce *announcer
@@ -129,7 +130,8 @@ func (s *Sidecar) openProxy() error {
 	var err error
 	s.inbound, err = proxy.ListenInbound(proxy.InboundConfig{
 		Listen: s.cfg.Tunnel.Listen, Apps: apps, Source: s.agent.Source(), Views: &s.views,
-		Book: s.book, Neighbours: s.near, Sink: s.sink, Idle: s.cfg.Idle, Now: s.now, Log: s.log.Named("inbound"),
+		Book: s.book, Neighbours: s.near, Stale: s.stale, Sink: s.sink, Idle: s.cfg.Idle, Now: s.now,
+		Log: s.log.Named("inbound"),
 	})
 	if err != nil {
 		return err

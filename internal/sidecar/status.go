@@ -150,6 +150,7 @@ func (s *Sidecar) linkLost(err error, other *session) {
 		return
 	}
 	if s.health.Get(componentLink).Status == admin.OK {
+		s.heard.Store(s.now().UnixNano())
 		s.log.Warn("no connection to the control plane; traffic goes on with the last view", "error", err)
 	}
 	s.health.Set(componentLink, admin.Degraded, fmt.Sprintf("%v; trying again, and traffic goes on with the last view", err))

@@ -233,6 +233,6 @@ func (c *Client) rulesUpdate(u Update) (Update, bool, error) {
 		u.Rules = policy.NewRuleset(nil)
 		return u, c.applied[Rules], nil
 	}
-	u.Rules, u.Ports = state.rules, state.ports
+	u.Rules, u.Ports, u.MaxStale = state.rules, state.door.ports, state.door.maxStale
 	return u, state.matched, nil
 }

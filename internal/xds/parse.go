@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -71,13 +72,13 @@ func parseView(in Resources) (View, error) {
 	if !state.matched {
 		return View{}, errors.New("parsing view: the rules are incomplete, or were made for other ports")
 	}
-	v.Rules, v.Ports = state.rules, state.ports
+	v.Rules, v.Ports, v.MaxStale = state.rules, state.door.ports, state.door.maxStale
 	return v, nil
 }
 
 // parseResource reads one resource: a Secret as []*x509.Certificate or JWT keys
-// by key id, a Cluster as Service without endpoints, a ClusterLoadAssignment as []Endpoint, a
-// Listener as []policy.Port, a TypedExtensionConfig as rbacRules, a
+// by key id, a Cluster as Service without endpoints, a ClusterLoadAssignment as
+// []Endpoint, a Listener as door, a TypedExtensionConfig as rbacRules, a
 // SignedRevocationList as []byte.
 func parseResource(node spiffeid.ID, typeURL string, r *Resource) (any, error) {
 	m := newMessage(typeURL)
@@ -126,26 +127,30 @@ func parseID(s string) (spiffeid.ID, error) {
 	return id, nil
 }
 
-func parseListener(node spiffeid.ID, l *listenerv3.Listener) ([]policy.Port, error) {
-	var ports []policy.Port
+func parseListener(node spiffeid.ID, l *listenerv3.Listener) (door, error) {
+	var d door
 	for _, fc := range l.GetFilterChains() {
 		number := fc.GetFilterChainMatch().GetDestinationPort().GetValue()
 		if number > 65535 {
-			return nil, fmt.Errorf("port %d does not exist", number)
+			return d, fmt.Errorf("port %d does not exist", number)
 		}
-		ports = append(ports, policy.Port{
+		d.ports = append(d.ports, policy.Port{
 			Name:     fc.GetName(),
 			Number:   uint16(number),
 			Protocol: policy.Protocol(ownFields(fc.GetMetadata())["protocol"].GetStringValue()),
 		})
 	}
-	if err := checkPorts(ports); err != nil {
-		return nil, err
+	if err := checkPorts(d.ports); err != nil {
+		return d, err
 	}
-	if !proto.Equal(l, listenerOf(node, ports)) {
-		return nil, fmt.Errorf("it is not the listener of %s, or holds something that this version does not understand", node)
+	stale := ownFields(l.GetMetadata())["maxStale"].GetStructValue().GetFields()
+	if after, err := time.ParseDuration(stale["after"].GetStringValue()); err == nil && after > 0 {
+		d.maxStale = policy.MaxStale{After: after, Refuse: stale["then"].GetStringValue() == "refuse"}
 	}
-	return ports, nil
+	if !proto.Equal(l, listenerOf(node, d)) {
+		return d, fmt.Errorf("it is not the listener of %s, or holds something that this version does not understand", node)
+	}
+	return d, nil
 }
 
 func ownFields(md *corev3.Metadata) map[string]*structpb.Value {

@@ -161,14 +161,17 @@ func (p *prepared) slice(id spiffeid.ID) *nodeSlice {
 // patterns match it: the node lets nothing in and reaches nothing.
 func (n *nodeSlice) fill(id spiffeid.ID, rules *policy.Ruleset) {
 	var mine *policy.Ruleset
+	own := door{ports: n.ports}
 	if rules != nil && n.known {
 		mine = rules.For(id)
+		w, _ := rules.Workload(id)
+		own.maxStale = w.MaxStale
 		for _, r := range rules.Reach(id) {
 			n.reach = append(n.reach, r.String())
 		}
 		slices.Sort(n.reach)
 	}
-	if n.resources, n.err = ownResources(id, n.ports, mine); n.err != nil {
+	if n.resources, n.err = ownResources(id, own, mine); n.err != nil {
 		return
 	}
 	for _, list := range n.resources {

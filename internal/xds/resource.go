@@ -81,6 +81,7 @@ type Update struct {
 	Services    map[spiffeid.ID]Service // Endpoints
 	Rules       *policy.Ruleset         // Rules: what the node lets in
 	Ports       []policy.Port           // Rules: the node's own declared ports
+	MaxStale    policy.MaxStale         // Rules
 }
 
 // Resource is one named, versioned resource as it travels. Its version is a

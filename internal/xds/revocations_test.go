@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"testing"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/stretchr/testify/require"
@@ -154,5 +155,31 @@ func TestForeignListRefused(t *testing.T) {
 	}
 	if _, err := Translate(View{Node: id("/orders"), Revocations: envelope(t, other, 1)}); err == nil {
 		t.Error("a foreign list has a wire form")
+	}
+}
+
+// What a Workload says of stale lists reaches its own sidecar, with its listener.
+func TestMaxStaleReachesTheNode(t *testing.T) {
+	for text, want := range map[string]policy.MaxStale{
+		"":                                     {},
+		"maxStale: {after: 1h, then: hold}":    {After: time.Hour},
+		"maxStale: {after: 90s, then: refuse}": {After: 90 * time.Second, Refuse: true},
+	} {
+		set, err := policy.ParseFiles("", map[string][]byte{"a.yaml": []byte(
+			"apiVersion: sallyport.dev/v1\nkind: Workload\nmetadata: {name: orders}\nspec:\n  attest: [{kind: join-token}]\n  " + text + "\n")})
+		require.NoError(t, err)
+		rules, err := policy.Compile(shop, []*policy.Set{set})
+		require.NoError(t, err)
+		h := serve(t, ServerConfig{}, nil)
+		m := shopMesh(t)
+		m.rules, m.services = nil, []Service{{ID: id("/orders")}}
+		snap := m.snapshot()
+		snap.Rules = rules
+		h.SetSnapshot(snap)
+		s := newSidecar("/orders")
+		s.start(t, h)
+		if got := s.view(t)[Rules].MaxStale; got != want {
+			t.Errorf("%q: got %+v, want %+v", text, got, want)
+		}
 	}
 }

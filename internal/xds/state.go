@@ -58,12 +58,12 @@ type rulesState struct {
 	complete bool // ports and both rules resources are there
 	matched  bool // and the rules were made for these very ports
 	rules    *policy.Ruleset
-	ports    []policy.Port
+	door     door
 }
 
 // rulesOf fails where the two rules resources were made for different ports.
 func rulesOf(node spiffeid.ID, listeners, extensions map[string]any) (rulesState, error) {
-	ports, ok1 := listeners[node.String()].([]policy.Port)
+	own, ok1 := listeners[node.String()].(door)
 	deny, ok2 := extensions[DenyRules].(rbacRules)
 	allow, ok3 := extensions[AllowRules].(rbacRules)
 	switch {
@@ -74,8 +74,8 @@ func rulesOf(node spiffeid.ID, listeners, extensions map[string]any) (rulesState
 	}
 	return rulesState{
 		complete: true,
-		matched:  deny.fingerprint == fingerprintOf(ports),
+		matched:  deny.fingerprint == fingerprintOf(own.ports),
 		rules:    policy.NewRuleset(slices.Concat(deny.rules, allow.rules)),
-		ports:    ports,
+		door:     own,
 	}, nil
 }

@@ -65,7 +65,7 @@ func Translate(v View) (Resources, error) {
 			return Resources{}, err
 		}
 	}
-	own, err := ownResources(v.Node, v.Ports, v.Rules)
+	own, err := ownResources(v.Node, door{v.Ports, v.MaxStale}, v.Rules)
 	if err != nil {
 		return Resources{}, err
 	}
@@ -74,8 +74,8 @@ func Translate(v View) (Resources, error) {
 }
 
 // ownResources makes what is for one node alone: its listener and its rules.
-func ownResources(node spiffeid.ID, ports []policy.Port, rules *policy.Ruleset) (map[string][]*Resource, error) {
-	l, err := listenerResource(node, ports)
+func ownResources(node spiffeid.ID, d door, rules *policy.Ruleset) (map[string][]*Resource, error) {
+	l, err := listenerResource(node, d)
 	if err != nil {
 		return nil, err
 	}
@@ -83,7 +83,7 @@ func ownResources(node spiffeid.ID, ports []policy.Port, rules *policy.Ruleset) 
 	if rules != nil {
 		list = rules.Rules()
 	}
-	fingerprint := fingerprintOf(ports)
+	fingerprint := fingerprintOf(d.ports)
 	allow, err := rbacResource(AllowRules, policy.Allow, node, fingerprint, list)
 	if err != nil {
 		return nil, err
@@ -95,23 +95,38 @@ func ownResources(node spiffeid.ID, ports []policy.Port, rules *policy.Ruleset) 
 	return map[string][]*Resource{ListenerType: {l}, ExtensionType: {allow, deny}}, nil
 }
 
-func listenerResource(node spiffeid.ID, ports []policy.Port) (*Resource, error) {
+// door is what a node's listener says, besides whose it is.
+type door struct {
+	ports    []policy.Port
+	maxStale policy.MaxStale
+}
+
+func listenerResource(node spiffeid.ID, d door) (*Resource, error) {
 	if node.IsZero() {
 		return nil, errors.New("encoding listener: no SPIFFE ID")
 	}
-	if err := checkPorts(ports); err != nil {
+	if err := checkPorts(d.ports); err != nil {
 		return nil, fmt.Errorf("encoding listener of %s: %w", node, err)
 	}
-	return encode(ListenerType, node.String(), listenerOf(node, ports))
+	return encode(ListenerType, node.String(), listenerOf(node, d))
 }
 
-func listenerOf(node spiffeid.ID, ports []policy.Port) *listenerv3.Listener {
+func listenerOf(node spiffeid.ID, d door) *listenerv3.Listener {
 	l := &listenerv3.Listener{
 		Name:             node.String(),
 		Address:          socketAddress("0.0.0.0", tunnelPort),
 		TrafficDirection: corev3.TrafficDirection_INBOUND,
 	}
-	for _, p := range ports {
+	if d.maxStale.After > 0 {
+		then := "hold"
+		if d.maxStale.Refuse {
+			then = "refuse"
+		}
+		l.Metadata = ownMetadata("maxStale", structpb.NewStructValue(&structpb.Struct{Fields: map[string]*structpb.Value{
+			"after": structpb.NewStringValue(d.maxStale.After.String()), "then": structpb.NewStringValue(then),
+		}}))
+	}
+	for _, p := range d.ports {
 		l.FilterChains = append(l.FilterChains, &listenerv3.FilterChain{
 			Name:             p.Name,
 			FilterChainMatch: &listenerv3.FilterChainMatch{DestinationPort: wrapperspb.UInt32(uint32(p.Number))},

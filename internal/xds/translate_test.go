@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -160,7 +161,8 @@ func TestParseTranslateKeepsView(t *testing.T) {
 	other := spiffeid.RequireTrustDomainFromString("other.example")
 	want := View{
 		Node: id("/shop/payments"), Rev: Revision{3, 42}, Revocations: envelope(t, shop, 7),
-		Ports: []policy.Port{{Name: "http", Number: 8080, Protocol: policy.HTTP}, {Name: "admin", Number: 1, Protocol: policy.TCP}},
+		MaxStale: policy.MaxStale{After: 90 * time.Minute, Refuse: true},
+		Ports:    []policy.Port{{Name: "http", Number: 8080, Protocol: policy.HTTP}, {Name: "admin", Number: 1, Protocol: policy.TCP}},
 		Services: []Service{
 			{ID: id("/a"), Ports: []policy.Port{{Name: "g", Number: 65535, Protocol: policy.GRPC}}, Endpoints: []Endpoint{
 				{Instance: "i1", Addr: netip.MustParseAddrPort("10.0.0.1:15008"), Ports: []uint16{65535}},
@@ -454,7 +456,7 @@ func BenchmarkTranslateRules(b *testing.B) {
 	}
 	rs := policy.NewRuleset(rules)
 	for b.Loop() {
-		if _, err := ownResources(id("/a"), nil, rs); err != nil {
+		if _, err := ownResources(id("/a"), door{ports: nil}, rs); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -65,6 +65,7 @@ type View struct {
 	Rev      Revision
 	Rules    *policy.Ruleset // For(Node)
 	Ports    []policy.Port   // the node's own declared ports
+	MaxStale policy.MaxStale // what becomes of the node's callers while revocations may be unknown
 	Services []Service       // destinations the node asked for or may reach, ordered by ID
 	Bundles  identity.Bundles
 	// Revocations is the node's own trust domain's signed revocation list; nil:
