@@ -101,9 +101,13 @@ func (w *world) now() time.Time { return time.Now().Add(time.Duration(w.late.Loa
 
 func newWorld(t *testing.T) *world { return &world{t: t, ca: newAuthority(t, td)} }
 
+func (w *world) bundle() *spiffebundle.Bundle {
+	return spiffebundle.FromX509Authorities(td, []*x509.Certificate{w.ca.cert})
+}
+
 func (w *world) source(id spiffeid.ID) *identity.Live {
 	live := &identity.Live{}
-	live.SetBundles(identity.Bundles{td: spiffebundle.FromX509Authorities(td, []*x509.Certificate{w.ca.cert})})
+	live.SetBundles(identity.Bundles{td: w.bundle()})
 	live.SetSVID(w.ca.svid(w.t, id))
 	return live
 }
