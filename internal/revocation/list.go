@@ -99,8 +99,9 @@ func (l *List) Len() int {
 // Check returns an error that is [ErrRevoked], and says what was revoked, if the
 // list refuses the peer's certificate at now. It looks at the SPIFFE ID, the
 // instance (the subject's serial number), the serial, and the key of every
-// certificate presented. Peers of another trust domain are not its business. It
-// takes constant time and allocates nothing but the error.
+// certificate presented. A root is not presented: it is refused by taking it out of
+// the bundle. Peers of another trust domain are not its business. It takes constant
+// time and allocates nothing but the error.
 func (l *List) Check(p identity.Peer, now time.Time) error {
 	if l == nil || p.Leaf == nil || p.ID.TrustDomain() != l.td {
 		return nil
