@@ -49,6 +49,7 @@ type Agent struct {
 	live  identity.Live
 	ready chan struct{} // closed with the first SVID
 	poll  time.Duration // longest sleep between two looks at the clock
+	hurry chan struct{} // cap 1: renew now
 
 	save sync.Mutex // one writer of the state file; never held on the network
 
@@ -95,6 +96,7 @@ func New(cfg Config) (*Agent, error) {
 	}
 	a := &Agent{cfg: cfg, log: cfg.Log.Named("agent"), ready: make(chan struct{}), poll: maxSleep}
 	var err error
+	a.hurry = make(chan struct{}, 1)
 	if a.state, err = loadState(cfg.StateDir); err != nil {
 		return nil, err
 	}

@@ -74,6 +74,15 @@ func (a *Agent) renew(ctx context.Context) error {
 	})
 }
 
+// RenewNow has the SVID renewed at once, for example because its issuer is about to
+// be refused. It does not wait; calls while a renewal is due become one.
+func (a *Agent) RenewNow() {
+	select {
+	case a.hurry <- struct{}{}:
+	default:
+	}
+}
+
 // remaining is how long the present SVID is still valid; ≤ 0 without one.
 func (a *Agent) remaining() time.Duration {
 	a.mu.Lock()
@@ -102,7 +111,8 @@ func (a *Agent) backoff(failures int) time.Duration {
 	return d/2 + rand.N(d/2+1)
 }
 
-// wait sleeps for d by the injected clock; false when ctx has ended.
+// wait sleeps for d by the injected clock, less if [Agent.RenewNow] was called;
+// false when ctx has ended.
 func (a *Agent) wait(ctx context.Context, d time.Duration) bool {
 	until := a.cfg.Now().Add(d)
 	timer := time.NewTimer(0)
@@ -111,6 +121,8 @@ func (a *Agent) wait(ctx context.Context, d time.Duration) bool {
 		select {
 		case <-ctx.Done():
 			return false
+		case <-a.hurry:
+			return true
 		case <-timer.C:
 		}
 		left := until.Sub(a.cfg.Now())

@@ -59,6 +59,10 @@ func (s *Sidecar) watchBook() {
 	s.book.Watch(s.near.Spread)
 	s.book.Watch(func(l *revocation.List) {
 		s.log.Debug("revocation list in force", "version", l.Version(), "entries", l.Len(), "issued", l.Issued())
+		if svid, err := s.agent.Source().GetX509SVID(); err == nil && l.Names(svid.Certificates) {
+			s.log.Info("this sidecar's issuer is refused, or soon will be; renewing the SVID", "version", l.Version())
+			s.agent.RenewNow()
+		}
 		if l.TrustDomain() == s.agent.ID().TrustDomain() {
 			s.keeper.note(s.book.Envelope(l.TrustDomain()))
 		}
