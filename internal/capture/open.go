@@ -4,9 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
+	"slices"
 	"strings"
 	"syscall"
+
+	"github.com/sallyport-mesh/sallyport/internal/socket"
 )
 
 // open listens on cfg.Listen and returns the listener with what closes it.
@@ -15,7 +19,11 @@ func open(cfg Config) (net.Listener, func() error, error) {
 		if cfg.Remote {
 			return nil, nil, errors.New("a Unix socket is not reachable from the network; give HOST:PORT")
 		}
-		return openUnix(path, socketMode(cfg.AllowUIDs))
+		l, closing, err := socket.Listen(path, socketMode(cfg.AllowUIDs))
+		if err != nil {
+			return nil, nil, err
+		}
+		return l, closing, nil
 	}
 	if err := checkTCP(cfg); err != nil {
 		return nil, nil, err
@@ -27,6 +35,15 @@ func open(cfg Config) (net.Listener, func() error, error) {
 		return nil, nil, explain(cfg.Listen, err)
 	}
 	return l, l.Close, nil
+}
+
+// socketMode is 0600. Where another user is allowed, everybody may try to
+// connect, and only the credentials decide.
+func socketMode(allowUIDs []uint32) fs.FileMode {
+	if slices.ContainsFunc(allowUIDs, func(uid uint32) bool { return uid != ownUID() }) {
+		return 0o666
+	}
+	return 0o600
 }
 
 // checkTCP keeps a local door local: only of a connection within this machine

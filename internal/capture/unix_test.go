@@ -13,7 +13,6 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
-	"golang.org/x/sys/unix"
 )
 
 // leftover makes a socket as a killed process leaves it.
@@ -140,20 +139,5 @@ func TestUnixMode(t *testing.T) {
 				t.Errorf("got %o, want %o", got, c.want)
 			}
 		})
-	}
-}
-
-// TestUnixModeFromTheStart looks at the file as bind makes it, with a umask that
-// hides nothing.
-func TestUnixModeFromTheStart(t *testing.T) {
-	defer unix.Umask(unix.Umask(0))
-	path := filepath.Join(t.TempDir(), "s")
-	l, err := bindUnix(path, 0o600)
-	require.NoError(t, err)
-	defer l.Close()
-	info, err := os.Lstat(path)
-	require.NoError(t, err)
-	if got := info.Mode().Perm(); got != 0o600 {
-		t.Errorf("got %o, want 600", got)
 	}
 }

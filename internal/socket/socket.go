@@ -1,4 +1,9 @@
-package capture
+// Package socket makes the unix sockets of the daemons: with their mode from the
+// first moment on, in place of what a dead process left behind, never in place of
+// a live one.
+//
+// Who connects is not its business: see package peercred.
+package socket
 
 import (
 	"context"
@@ -8,7 +13,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
 	"syscall"
 	"time"
 
@@ -22,19 +26,12 @@ const maxPath = 107
 // probeLimit bounds the question whether somebody listens on a socket.
 const probeLimit = time.Second
 
-// socketMode is 0600. Where another user is allowed, everybody may try to
-// connect, and only the credentials decide.
-func socketMode(allowUIDs []uint32) fs.FileMode {
-	if slices.ContainsFunc(allowUIDs, func(uid uint32) bool { return uid != ownUID() }) {
-		return 0o666
-	}
-	return 0o600
-}
-
-// openUnix listens on path and removes the socket again when closed. A socket
-// left behind by a dead process is replaced; a live one, or anything else, is
-// not touched.
-func openUnix(path string, mode fs.FileMode) (net.Listener, func() error, error) {
+// Listen listens on path with the given permissions, whatever the umask, and
+// returns what closes the listener and removes its file, unless that is another
+// process's by then. A socket left behind by a dead process is replaced; a live
+// one, or anything else, is not touched. Paths of more than 107 bytes are refused,
+// which is the kernel's limit (unix(7)).
+func Listen(path string, mode fs.FileMode) (l *net.UnixListener, closing func() error, err error) {
 	switch {
 	case path == "" || path[0] == '@':
 		return nil, nil, fmt.Errorf("%q is not the path of a Unix socket", path)
@@ -49,21 +46,20 @@ func openUnix(path string, mode fs.FileMode) (net.Listener, func() error, error)
 	if err := removeStale(path); err != nil {
 		return nil, nil, err
 	}
-	l, err := bindUnix(path, mode)
+	l, err = bind(path, mode)
 	if err != nil {
 		return nil, nil, fmt.Errorf("listening on %s: %w", path, err)
 	}
-	closing, err := unlinkOnClose(l, path, mode)
-	if err != nil {
+	if closing, err = unlinkOnClose(l, path, mode); err != nil {
 		_ = l.Close()
 		return nil, nil, err
 	}
 	return l, closing, nil
 }
 
-// bindUnix listens on path. The socket's own mode becomes that of its file when
+// bind listens on path. The socket's own mode becomes that of its file when
 // it is bound, less the umask, so there is no moment in which others may connect.
-func bindUnix(path string, mode fs.FileMode) (*net.UnixListener, error) {
+func bind(path string, mode fs.FileMode) (*net.UnixListener, error) {
 	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		var modeErr error
 		err := c.Control(func(fd uintptr) { modeErr = unix.Fchmod(int(fd), uint32(mode)) })
