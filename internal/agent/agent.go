@@ -54,8 +54,9 @@ type Agent struct {
 	save sync.Mutex // one writer of the state file; never held on the network
 
 	mu     sync.Mutex
-	state  state // what is on disk
+	state  state // guarded by mu; what is on disk
 	status Status
+	news   chan struct{} // guarded by mu; closed when the bundles change
 }
 
 // State says how an identity is doing.
@@ -94,7 +95,7 @@ func New(cfg Config) (*Agent, error) {
 	if cfg.StateDir == "" {
 		return nil, errors.New("a state folder is required")
 	}
-	a := &Agent{cfg: cfg, log: cfg.Log.Named("agent"), ready: make(chan struct{}), poll: maxSleep}
+	a := &Agent{cfg: cfg, log: cfg.Log.Named("agent"), ready: make(chan struct{}), poll: maxSleep, news: make(chan struct{})}
 	var err error
 	a.hurry = make(chan struct{}, 1)
 	if a.state, err = loadState(cfg.StateDir); err != nil {
@@ -212,6 +213,14 @@ func (a *Agent) SetBundles(bundles identity.Bundles) error {
 	return nil
 }
 
+// watchBundles returns what is trusted, which must not be changed, and a channel
+// that is closed when that is replaced.
+func (a *Agent) watchBundles() (identity.Bundles, <-chan struct{}) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.state.bundles, a.news
+}
+
 func (a *Agent) setBundles(bundles identity.Bundles) error {
 	return a.update(func(s *state) {
 		if !sameBundles(s.bundles, bundles) {
@@ -229,6 +238,10 @@ func (a *Agent) update(change func(*state)) error {
 	before := a.state
 	change(&a.state)
 	after := a.state
+	if !sameBundles(before.bundles, after.bundles) {
+		close(a.news)
+		a.news = make(chan struct{})
+	}
 	a.mu.Unlock()
 	if before.equal(after) && before.saved {
 		return nil

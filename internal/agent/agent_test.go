@@ -53,6 +53,7 @@ type controlPlane struct {
 	ca       *ca.CA
 	registry *registry.Registry
 	service  *issuer.Service
+	edge     *edge
 	clock    skewedClock
 	addr     string
 	srv      *grpc.Server
@@ -76,6 +77,7 @@ func newControlPlane(t *testing.T, svidTTL time.Duration) *controlPlane {
 	c.registry = registry.New(registry.Config{Store: mem, Audit: log, RootHash: c.ca.RootHash, Now: c.clock.Now})
 	c.registry.SetWorkloads([]policy.CompiledWorkload{workload("payments"), workload("orders")})
 	c.service = issuer.New(issuer.Config{CA: c.ca, Registry: c.registry, Now: c.clock.Now})
+	c.edge = newEdge(t, c)
 	c.listen("127.0.0.1:0")
 	t.Cleanup(c.stop)
 	return c
@@ -114,7 +116,7 @@ func (c *controlPlane) listen(addr string) {
 			return next(srv, ss)
 		}),
 	)
-	sallyportv1.RegisterEnrollmentServer(c.srv, c.service)
+	sallyportv1.RegisterEnrollmentServer(c.srv, c.edge)
 	c.done = make(chan error, 1)
 	go func() { c.done <- c.srv.Serve(lis) }()
 }

@@ -162,13 +162,9 @@ func newKey() (*ecdsa.PrivateKey, []byte, error) {
 // accept checks an issued SVID as a peer would and puts it in force. A newly
 // registered enrolment key comes with it and replaces the earlier enrolment.
 func (a *Agent) accept(msg *sallyportv1.SVID, key *ecdsa.PrivateKey, td spiffeid.TrustDomain, registered *ecdsa.PrivateKey) error {
-	chain, err := parseCerts(msg.GetChain())
+	chain, roots, err := readSVID(msg)
 	if err != nil {
-		return fmt.Errorf("reading the issued SVID: %w", err)
-	}
-	roots, err := parseCerts(msg.GetBundle())
-	if err != nil {
-		return fmt.Errorf("reading the trust bundle: %w", err)
+		return err
 	}
 	peer, err := identity.Verify(chain, x509bundle.FromX509Authorities(td, roots), a.cfg.Now())
 	if err != nil {
@@ -193,19 +189,9 @@ func (a *Agent) accept(msg *sallyportv1.SVID, key *ecdsa.PrivateKey, td spiffeid
 			s.pending = pendingKey{}
 			s.bundles = nil // of the mesh that the earlier enrolment was in
 		}
-		bundles := maps.Clone(s.bundles)
-		if bundles == nil {
-			bundles = identity.Bundles{}
-		}
-		own := spiffebundle.New(td)
-		if b := bundles[td]; b != nil { // JWT authorities come by push
-			own = b.Clone()
-		}
-		own.SetX509Authorities(roots)
-		bundles[td] = own
-		s.bundles = bundles
+		s.bundles = withRoots(s.bundles, td, roots)
 		s.life = lifeOf(peer.Leaf, msg)
-		a.live.SetBundles(bundles)
+		a.live.SetBundles(s.bundles)
 	})
 	if err != nil && registered != nil {
 		return permanent(err)
@@ -215,6 +201,47 @@ func (a *Agent) accept(msg *sallyportv1.SVID, key *ecdsa.PrivateKey, td spiffeid
 	}
 	a.install(&x509svid.SVID{ID: peer.ID, Certificates: chain, PrivateKey: key})
 	return nil
+}
+
+// learnRoots notes the roots of the own trust domain as they came with an SVID.
+func (a *Agent) learnRoots(roots []*x509.Certificate) {
+	err := a.update(func(s *state) {
+		bundles := withRoots(s.bundles, s.ID.TrustDomain(), roots)
+		if !sameBundles(s.bundles, bundles) {
+			s.bundles = bundles
+			a.live.SetBundles(bundles)
+		}
+	})
+	if err != nil {
+		a.log.Warn("the trust bundle is in force, but not saved for the next start", "error", err)
+	}
+}
+
+// withRoots replaces the X.509 authorities of one trust domain; its JWT
+// authorities, and all of the others', come by push.
+func withRoots(bundles identity.Bundles, td spiffeid.TrustDomain, roots []*x509.Certificate) identity.Bundles {
+	out := maps.Clone(bundles)
+	if out == nil {
+		out = identity.Bundles{}
+	}
+	own := spiffebundle.New(td)
+	if b := out[td]; b != nil {
+		own = b.Clone()
+	}
+	own.SetX509Authorities(roots)
+	out[td] = own
+	return out
+}
+
+// readSVID takes an issued SVID apart; it verifies nothing.
+func readSVID(msg *sallyportv1.SVID) (chain, roots []*x509.Certificate, err error) {
+	if chain, err = parseCerts(msg.GetChain()); err != nil {
+		return nil, nil, fmt.Errorf("reading the issued SVID: %w", err)
+	}
+	if roots, err = parseCerts(msg.GetBundle()); err != nil {
+		return nil, nil, fmt.Errorf("reading the trust bundle: %w", err)
+	}
+	return chain, roots, nil
 }
 
 // lifeOf measures an SVID's life by the control plane's clock, which is the one

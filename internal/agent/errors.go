@@ -23,7 +23,16 @@ func isPermanent(err error) bool {
 }
 
 // refusal is a control plane's considered no: it understood and declined.
-type refusal struct{ error }
+type refusal struct {
+	error
+	code codes.Code
+}
+
+// codeOf is what the control plane refused with; OK where it did not refuse.
+func codeOf(err error) codes.Code {
+	r, _ := errors.AsType[refusal](err)
+	return r.code
+}
 
 func isRefusal(err error) bool {
 	_, ok := errors.AsType[refusal](err)
@@ -72,7 +81,7 @@ func (l *link) explain(err error) error {
 	}
 	switch st.Code() {
 	case codes.Unauthenticated, codes.PermissionDenied, codes.InvalidArgument, codes.FailedPrecondition, codes.Unimplemented:
-		return permanent(refusal{fmt.Errorf("the control plane at %s refused: %s", l.addr, st.Message())})
+		return permanent(refusal{fmt.Errorf("the control plane at %s refused: %s", l.addr, st.Message()), st.Code()})
 	}
 	return fmt.Errorf("control plane at %s: %s (%s)", l.addr, st.Message(), st.Code())
 }

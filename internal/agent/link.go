@@ -15,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials"
 
@@ -188,7 +189,7 @@ func (l *link) await(ctx context.Context, conn *grpc.ClientConn) error {
 		case connectivity.Ready:
 			return nil
 		case connectivity.TransientFailure, connectivity.Shutdown:
-			return l.failure(refusal{errors.New("it ended the connection right after the handshake")})
+			return l.failure(refusal{errors.New("it ended the connection right after the handshake"), codes.Unavailable})
 		default:
 			if !conn.WaitForStateChange(ctx, s) {
 				return l.failure(ctx.Err())

@@ -99,12 +99,14 @@ func (a *Agent) renewIn() time.Duration {
 	return time.Duration(float64(life) / 24 * (0.9 + 0.2*rand.Float64()))
 }
 
-// backoff doubles with each failure up to a cap and is halved at random. While
-// the SVID is valid the cap is also an eighth of what remains of it, so that
-// many tries fit in.
-func (a *Agent) backoff(failures int) time.Duration {
+func (a *Agent) backoff(failures int) time.Duration { return pauseAfter(failures, a.remaining()) }
+
+// pauseAfter doubles with each failure up to a cap and is halved at random. While
+// an SVID is valid the cap is also an eighth of what is left of it, so that many
+// tries fit in.
+func pauseAfter(failures int, left time.Duration) time.Duration {
 	limit := urgentBackoff
-	if left := a.remaining(); left > 0 {
+	if left > 0 {
 		limit = min(validBackoff, max(left/8, minBackoffStep))
 	}
 	d := min(firstBackoff<<min(failures-1, 10), limit)
