@@ -56,14 +56,16 @@ func (c *Config) check() []mistake {
 	if c.AllowUIDs == nil {
 		c.AllowUIDs = []uint32{uint32(os.Geteuid())}
 	}
-	if len(c.AllowUIDs) == 0 && len(c.Outbound) > 0 {
-		fail("allowUIDs", errors.New("nobody may use the outbound listeners; name the app's user or leave the key out"))
+	if len(c.AllowUIDs) == 0 && (len(c.Outbound) > 0 || c.WorkloadAPI.Socket != "") {
+		fail("allowUIDs", errors.New("nobody may use the outbound listeners or the workloadAPI socket; name the app's user or leave the key out"))
 	}
 	if c.Admin.Listen != "" {
 		fail("admin.listen", hostPort(c.Admin.Listen))
 	}
-	if n := len(c.Admin.Socket); n > maxSocketPath {
-		fail("admin.socket", fmt.Errorf("the path has %d bytes, and %d are possible for a socket; choose a shorter folder", n, maxSocketPath))
+	for key, path := range map[string]string{"admin.socket": c.Admin.Socket, "workloadAPI.socket": c.WorkloadAPI.Socket} {
+		if n := len(path); n > maxSocketPath {
+			fail(key, fmt.Errorf("the path has %d bytes, and %d are possible for a socket; choose a shorter folder", n, maxSocketPath))
+		}
 	}
 	if c.Drain < 0 {
 		fail("drain", errors.New("cannot be negative"))

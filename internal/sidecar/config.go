@@ -28,7 +28,10 @@ type Config struct {
 	// AllowUIDs are the users who may use the outbound listeners. Default: the
 	// sidecar's own.
 	AllowUIDs []uint32 `yaml:"allowUIDs"`
-	Admin     Admin    `yaml:"admin"`
+	// WorkloadAPI is the socket at which the app asks for its own SVID. Default:
+	// none.
+	WorkloadAPI WorkloadAPI `yaml:"workloadAPI"`
+	Admin       Admin       `yaml:"admin"`
 	// Drain is how long a stop waits for live connections. Default: 30s.
 	Drain time.Duration `yaml:"drain"`
 	// Idle is after how long without a byte in either direction a connection is
@@ -52,6 +55,12 @@ type Tunnel struct {
 type Outbound struct {
 	Listen string `yaml:"listen"` // loopback IP:PORT or unix:/path
 	To     string `yaml:"to"`     // WORKLOAD:PORT, as in payments:http
+}
+
+// WorkloadAPI is the SPIFFE Workload API and Envoy's SDS for the app. The users in
+// allowUIDs may ask.
+type WorkloadAPI struct {
+	Socket string `yaml:"socket"` // path of the unix socket; "": none
 }
 
 // Admin is where the sidecar shows itself.
@@ -113,7 +122,7 @@ func read(path string, f *configfile.File) (Config, error) {
 
 // resolve makes paths independent of the working directory.
 func (c *Config) resolve(dir string) {
-	for _, p := range []*string{&c.TokenFile, &c.StateDir, &c.Admin.Socket, &c.FlowLog} {
+	for _, p := range []*string{&c.TokenFile, &c.StateDir, &c.Admin.Socket, &c.WorkloadAPI.Socket, &c.FlowLog} {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(dir, *p)
 		}

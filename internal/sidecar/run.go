@@ -68,6 +68,10 @@ func (s *Sidecar) Run(ctx context.Context) error {
 		h := admin.DebugHandler(s.debugParts())
 		base.start(func(ctx context.Context) error { return admin.Serve(ctx, s.adminSocket, h) })
 	}
+	if s.endpoint != nil {
+		base.start(s.wallet.Run)
+		base.start(s.endpoint.Serve)
+	}
 	link.start(s.keepLink)
 	traffic.start(s.inbound.Serve)
 	traffic.start(s.outbound.Serve)

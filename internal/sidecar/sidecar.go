@@ -22,6 +22,7 @@ import (
 
 	"github.com/sallyport-mesh/sallyport/internal/admin"
 	"github.com/sallyport-mesh/sallyport/internal/agent"
+	"github.com/sallyport-mesh/sallyport/internal/agent/endpoint"
 	"github.com/sallyport-mesh/sallyport/internal/flow"
 	"github.com/sallyport-mesh/sallyport/internal/proxy"
 	"github.com/sallyport-mesh/sallyport/internal/revocation"
@@ -50,6 +51,8 @@ type Sidecar struct {
 	now func() time.Time
 
 	agent    *agent.Agent
+	wallet   *agent.Wallet    // nil: the app has no socket to ask at
+	endpoint *endpoint.Server // as wallet
 	views    proxy.Views
 	book     *revocation.Book
 	near     *proxy.Neighbours
@@ -111,6 +114,9 @@ func (s *Sidecar) open(ctx context.Context, opts Options) error {
 	if err := s.openProxy(); err != nil {
 		return err
 	}
+	if err := s.openWorkloadAPI(); err != nil {
+		return fmt.Errorf("workloadAPI.socket: %w", err)
+	}
 	s.announce = newAnnouncer(s.log.Named("announce"))
 	s.openHealth()
 	s.views.Watch(s.viewChanged)
@@ -147,6 +153,17 @@ func (s *Sidecar) openProxy() error {
 	return err
 }
 
+// openWorkloadAPI opens the socket at which the app gets its own SVID.
+func (s *Sidecar) openWorkloadAPI() (err error) {
+	if s.cfg.WorkloadAPI.Socket == "" {
+		return nil
+	}
+	log := s.log.Named("workload-api")
+	s.wallet = agent.NewWallet(s.agent, agent.WalletConfig{AllowUIDs: s.cfg.AllowUIDs, Log: log})
+	s.endpoint, err = endpoint.New(endpoint.Config{Path: s.cfg.WorkloadAPI.Socket, Holder: s.wallet, Log: log})
+	return err
+}
+
 func (s *Sidecar) openAdmin(ctx context.Context) (err error) {
 	if s.cfg.Admin.Listen != "" {
 		if s.adminHTTP, err = admin.Listen(ctx, s.cfg.Admin.Listen); err != nil {
@@ -169,6 +186,9 @@ func (s *Sidecar) close() {
 	}
 	if s.outbound != nil {
 		errs = append(errs, s.outbound.Close())
+	}
+	if s.endpoint != nil {
+		errs = append(errs, s.endpoint.Close())
 	}
 	for _, ln := range []net.Listener{s.adminHTTP, s.adminSocket} {
 		if ln != nil {

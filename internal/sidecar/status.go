@@ -90,10 +90,10 @@ func (s *Sidecar) troubles(v *proxy.View) map[string][]string {
 	return out
 }
 
-// isolationOff says why the outbound listeners protect nothing; "" when they do
-// or there are none.
+// isolationOff says why the local doors (outbound listeners, Workload API) protect
+// nothing; "" when they do or there are none.
 func (s *Sidecar) isolationOff() string {
-	if i := capture.IsolationOf(s.cfg.AllowUIDs); !i.On && len(s.cfg.Outbound) > 0 {
+	if i := capture.IsolationOf(s.cfg.AllowUIDs); !i.On && (len(s.cfg.Outbound) > 0 || s.endpoint != nil) {
 		return i.Reason
 	}
 	return ""
