@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net"
 	"sync"
@@ -19,7 +20,6 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
-	"github.com/sallyport-mesh/sallyport/internal/issuer/attest"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
@@ -28,8 +28,18 @@ type Config struct {
 	// ControlPlane is the control plane's gRPC address, host:port.
 	ControlPlane string
 	// Token is a join token, as printed by "sallyport token create". It is needed
-	// for the first start only, and may stay where it is afterwards.
+	// for the first start only, and may stay where it is afterwards. It excludes
+	// Evidence.
 	Token string
+	// Evidence is what to enrol with: needed at the first start, and used again
+	// when the control plane no longer knows this instance and the evidence is
+	// another one than before.
+	Evidence EvidenceConfig
+	// TrustBundle is a file with the roots that the control plane must be of,
+	// before any evidence is sent to it: PEM certificates or a SPIFFE bundle. It is
+	// read at each attempt. Required with evidence that is no join token, which
+	// names the root itself.
+	TrustBundle string
 	// StateDir is a folder of this instance alone. It is made if missing.
 	StateDir string
 	// EnrollWithin is how long the first enrolment, which has no saved state to
@@ -45,7 +55,6 @@ type Config struct {
 type Agent struct {
 	cfg   Config
 	log   hclog.Logger
-	token *attest.Token // nil: none
 	live  identity.Live
 	ready chan struct{} // closed with the first SVID
 	poll  time.Duration // longest sleep between two looks at the clock
@@ -101,7 +110,7 @@ func New(cfg Config) (*Agent, error) {
 	if a.state, err = loadState(cfg.StateDir); err != nil {
 		return nil, err
 	}
-	if err := a.readToken(); err != nil {
+	if err := a.checkEvidence(); err != nil {
 		return nil, err
 	}
 	if a.state.enrolled() {
@@ -111,23 +120,35 @@ func New(cfg Config) (*Agent, error) {
 	return a, nil
 }
 
-func (a *Agent) readToken() error {
-	if a.cfg.Token == "" {
+// checkEvidence reads what there is to enrol with, so that a mistake shows at
+// once. Whoever has enrolled before can do without.
+func (a *Agent) checkEvidence() error {
+	if a.cfg.Evidence.IsZero() && a.cfg.Token == "" {
 		if a.state.enrolled() {
 			return nil
 		}
 		return fmt.Errorf("no join token, and no earlier enrolment in %s; make a token on the control plane: sallyport token create --workload NAME", a.cfg.StateDir)
 	}
-	t, err := attest.ParseToken(a.cfg.Token)
+	p, err := a.proof()
+	if err == nil && p.token == nil {
+		_, err = readTrustBundle(a.cfg.TrustBundle)
+	}
 	switch {
 	case err == nil:
-		a.token = &t
-	case a.state.enrolled():
-		a.log.Warn("ignoring the join token; this instance is enrolled already", "error", err)
-	default:
-		return err
+	case !a.state.enrolled():
+		return a.cfg.Evidence.missing(err, a.cfg.StateDir)
+	case !errors.Is(err, fs.ErrNotExist):
+		a.log.Warn("ignoring the evidence; this instance is enrolled already", "error", err)
 	}
 	return nil
+}
+
+// proof reads the evidence as it is now.
+func (a *Agent) proof() (proof, error) {
+	if a.cfg.Token != "" {
+		return joinToken(a.cfg.Token)
+	}
+	return a.cfg.Evidence.read()
 }
 
 // Source is the identity to present and what to trust. It answers

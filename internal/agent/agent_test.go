@@ -517,7 +517,9 @@ func TestRestartBeforeTheAnswer(t *testing.T) {
 	cfg := cp.config(cp.token("payments"), dir)
 	a, err := New(cfg)
 	require.NoError(t, err)
-	_, err = a.pendingKey()
+	p, err := a.proof()
+	require.NoError(t, err)
+	_, err = a.pendingKey(p.name)
 	require.NoError(t, err)
 	pending, err := os.ReadFile(filepath.Join(dir, stateFile))
 	require.NoError(t, err)
@@ -726,7 +728,7 @@ func TestAcceptRefuses(t *testing.T) {
 	own.Chain = [][]byte{server.Certificates[0].Raw, server.Certificates[1].Raw}
 	serverKey, ok := server.PrivateKey.(*ecdsa.PrivateKey)
 	require.True(t, ok)
-	if err := a.accept(own, serverKey, td, other); err == nil || !strings.Contains(err.Error(), "is not a workload") {
+	if err := a.accept(own, serverKey, td, &pendingKey{"x", other}); err == nil || !strings.Contains(err.Error(), "is not a workload") {
 		t.Errorf("the control plane's own ID at a first enrolment: got %v", err)
 	}
 	if serial(t, a) != before {

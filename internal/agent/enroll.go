@@ -3,6 +3,7 @@ package agent
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -25,22 +26,31 @@ import (
 )
 
 // enroll gets an SVID without one: with the enrolment key if there is one, else,
-// or if the control plane refuses that and the join token is not the one that it
-// came from, with the token.
+// or if the control plane refuses that and there is other evidence than was
+// redeemed for it, with the evidence.
 func (a *Agent) enroll(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, attemptTimeout)
 	defer cancel()
 	a.mu.Lock()
 	s := a.state
 	a.mu.Unlock()
-	if s.enrolled() {
-		err := a.enrollByKey(ctx, s)
-		if err == nil || !isPermanent(err) || a.token == nil || a.token.ID == s.Token {
+	if !s.enrolled() {
+		p, err := a.proof()
+		if err != nil {
 			return err
 		}
-		a.log.Warn("the earlier enrolment is refused; using the new join token", "error", err)
+		return a.enrollBy(ctx, p)
 	}
-	return a.enrollByToken(ctx)
+	err := a.enrollByKey(ctx, s)
+	if err == nil || !isPermanent(err) || a.cfg.Evidence.IsZero() && a.cfg.Token == "" {
+		return err
+	}
+	p, perr := a.proof()
+	if perr != nil || p.name == s.Token && !p.again {
+		return err
+	}
+	a.log.Warn("the earlier enrolment is refused; using the new evidence", "error", err)
+	return a.enrollBy(ctx, p)
 }
 
 func (a *Agent) enrollByKey(ctx context.Context, s state) error {
@@ -49,7 +59,7 @@ func (a *Agent) enrollByKey(ctx context.Context, s state) error {
 	}}
 	link := a.anonymous(s.ID.TrustDomain())
 	return link.with(ctx, func(conn *grpc.ClientConn) error {
-		svid, key, err := a.converse(ctx, conn, hello, s.key)
+		svid, key, err := a.converse(ctx, conn, hello, signers{enrolment: s.key})
 		if err != nil {
 			return err
 		}
@@ -57,11 +67,11 @@ func (a *Agent) enrollByKey(ctx context.Context, s state) error {
 	})
 }
 
-// enrollByToken spends the join token. The enrolment key is on disk before the
-// token is sent, so that losing the answer does not lose the token: the same key
-// may repeat the redemption.
-func (a *Agent) enrollByToken(ctx context.Context) error {
-	key, err := a.pendingKey()
+// enrollBy redeems evidence. The enrolment key is on disk before the evidence is
+// sent, so that losing the answer does not lose it: the same key may repeat the
+// redemption.
+func (a *Agent) enrollBy(ctx context.Context, p proof) error {
+	key, err := a.pendingKey(p.name)
 	if err != nil {
 		return permanent(err)
 	}
@@ -69,41 +79,55 @@ func (a *Agent) enrollByToken(ctx context.Context) error {
 	if err != nil {
 		return permanent(fmt.Errorf("encoding the enrolment key: %w", err))
 	}
-	hello := &sallyportv1.Hello{
-		Evidence: &sallyportv1.Hello_JoinToken{
-			JoinToken: &sallyportv1.JoinToken{Id: a.token.ID, Secret: a.token.Secret[:]},
-		},
-		NewEnrollmentKey: pub,
+	hello := &sallyportv1.Hello{NewEnrollmentKey: pub}
+	p.fill(hello)
+	link, server, err := a.stranger(p)
+	if err != nil {
+		return err
 	}
-	link, server := a.pinned()
 	return link.with(ctx, func(conn *grpc.ClientConn) error {
-		svid, svidKey, err := a.converse(ctx, conn, hello, key)
+		svid, svidKey, err := a.converse(ctx, conn, hello, signers{key, p.key})
 		if err != nil {
 			return err
 		}
-		return a.accept(svid, svidKey, server.Load().TrustDomain(), key)
+		return a.accept(svid, svidKey, server.Load().TrustDomain(), &pendingKey{p.name, key})
 	})
 }
 
-// pendingKey returns the key that this join token registers, making and saving
-// it the first time. An earlier enrolment stays in force until the token is
+// pendingKey returns the key that this evidence registers, making and saving it
+// the first time. An earlier enrolment stays in force until the evidence is
 // redeemed.
-func (a *Agent) pendingKey() (*ecdsa.PrivateKey, error) {
+func (a *Agent) pendingKey(evidence string) (*ecdsa.PrivateKey, error) {
 	a.mu.Lock()
 	pending := a.state.pending
 	a.mu.Unlock()
-	if pending.key != nil && pending.Token == a.token.ID {
+	if pending.key != nil && pending.Token == evidence {
 		return pending.key, nil
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, fmt.Errorf("making the enrolment key: %w", err)
 	}
-	return key, a.update(func(s *state) { s.pending = pendingKey{Token: a.token.ID, key: key} })
+	return key, a.update(func(s *state) { s.pending = pendingKey{Token: evidence, key: key} })
+}
+
+// signers answer a challenge.
+type signers struct {
+	enrolment *ecdsa.PrivateKey
+	evidence  crypto.Signer // nil: the evidence needs no proof of its own
+}
+
+func (s signers) prove(nonce, csr []byte) (*sallyportv1.Proof, error) {
+	signature, err := attest.Prove(s.enrolment, nonce, csr)
+	if err != nil || s.evidence == nil {
+		return &sallyportv1.Proof{Signature: signature}, err
+	}
+	possession, err := attest.ProveX509Pop(s.evidence, nonce, csr)
+	return &sallyportv1.Proof{Signature: signature, EvidenceSignature: possession}, err
 }
 
 // converse conducts one Enroll stream: Hello, Challenge, Proof, Issued.
-func (a *Agent) converse(ctx context.Context, conn *grpc.ClientConn, hello *sallyportv1.Hello, enrolment *ecdsa.PrivateKey) (*sallyportv1.SVID, *ecdsa.PrivateKey, error) {
+func (a *Agent) converse(ctx context.Context, conn *grpc.ClientConn, hello *sallyportv1.Hello, keys signers) (*sallyportv1.SVID, *ecdsa.PrivateKey, error) {
 	key, csr, err := newKey()
 	if err != nil {
 		return nil, nil, err
@@ -123,11 +147,11 @@ func (a *Agent) converse(ctx context.Context, conn *grpc.ClientConn, hello *sall
 	if resp.GetChallenge() == nil {
 		return nil, nil, errors.New("enrolling: the control plane sent no challenge")
 	}
-	signature, err := attest.Prove(enrolment, resp.GetChallenge().GetNonce(), csr)
+	proof, err := keys.prove(resp.GetChallenge().GetNonce(), csr)
 	if err != nil {
 		return nil, nil, fmt.Errorf("enrolling: %w", err)
 	}
-	resp, err = ask(stream, &sallyportv1.EnrollRequest{Message: &sallyportv1.EnrollRequest_Proof{Proof: &sallyportv1.Proof{Signature: signature}}})
+	resp, err = ask(stream, &sallyportv1.EnrollRequest{Message: &sallyportv1.EnrollRequest_Proof{Proof: proof}})
 	if err != nil {
 		return nil, nil, err
 	}
@@ -161,7 +185,7 @@ func newKey() (*ecdsa.PrivateKey, []byte, error) {
 
 // accept checks an issued SVID as a peer would and puts it in force. A newly
 // registered enrolment key comes with it and replaces the earlier enrolment.
-func (a *Agent) accept(msg *sallyportv1.SVID, key *ecdsa.PrivateKey, td spiffeid.TrustDomain, registered *ecdsa.PrivateKey) error {
+func (a *Agent) accept(msg *sallyportv1.SVID, key *ecdsa.PrivateKey, td spiffeid.TrustDomain, registered *pendingKey) error {
 	chain, roots, err := readSVID(msg)
 	if err != nil {
 		return err
@@ -185,7 +209,7 @@ func (a *Agent) accept(msg *sallyportv1.SVID, key *ecdsa.PrivateKey, td spiffeid
 	}
 	err = a.update(func(s *state) {
 		if registered != nil {
-			s.enrolment = enrolment{ID: peer.ID, Instance: msg.GetInstance(), Token: a.token.ID, key: registered}
+			s.enrolment = enrolment{ID: peer.ID, Instance: msg.GetInstance(), Token: registered.Token, key: registered.key}
 			s.pending = pendingKey{}
 			s.bundles = nil // of the mesh that the earlier enrolment was in
 		}

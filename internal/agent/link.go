@@ -58,23 +58,6 @@ func (a *Agent) anonymous(td spiffeid.TrustDomain) *link {
 	return a.newLink(identity.TLSConfig{Source: bundlesOnly{&a.live}, OptionalClient: true}, td)
 }
 
-// pinned presents nothing; the server must be the control plane of whatever
-// trust domain the root belongs to whose key the join token names. The handshake
-// stores its ID in server.
-func (a *Agent) pinned() (l *link, server *atomic.Pointer[spiffeid.ID]) {
-	server = new(atomic.Pointer[spiffeid.ID])
-	l = a.newLink(identity.TLSConfig{Source: bundlesOnly{&a.live}, OptionalClient: true}, spiffeid.TrustDomain{})
-	l.tls.VerifyConnection = func(s tls.ConnectionState) error {
-		id, err := a.verifyPinned(s)
-		if err != nil {
-			return untrusted{err}
-		}
-		server.Store(&id)
-		return nil
-	}
-	return l, server
-}
-
 func (a *Agent) newLink(cfg identity.TLSConfig, td spiffeid.TrustDomain) *link {
 	cfg.Now = a.cfg.Now
 	cfg.NextProtos = []string{"h2"}
@@ -99,33 +82,6 @@ func controlPlaneID(td spiffeid.TrustDomain) spiffeid.ID {
 		panic(err)
 	}
 	return id
-}
-
-// verifyPinned authenticates a control plane that nothing is known of but the
-// hash of its root's public key. The root is what the server presents last; that
-// the rest of the chain comes from it is checked like any other SVID.
-func (a *Agent) verifyPinned(s tls.ConnectionState) (spiffeid.ID, error) {
-	chain := s.PeerCertificates
-	if len(chain) < 2 {
-		return spiffeid.ID{}, errors.New("it presents no root; is this address a Sallyport control plane's?")
-	}
-	root := chain[len(chain)-1]
-	if !a.token.PinsRoot(root) {
-		return spiffeid.ID{}, errors.New("the join token was made by another control plane, or before its root was renewed; nothing was sent to this one; " +
-			"check the address, or make a new token on this control plane: sallyport token create")
-	}
-	id, err := x509svid.IDFromCert(chain[0])
-	if err != nil {
-		return spiffeid.ID{}, err
-	}
-	peer, err := identity.Verify(chain, x509bundle.FromX509Authorities(id.TrustDomain(), chain[len(chain)-1:]), a.cfg.Now())
-	if err != nil {
-		return spiffeid.ID{}, err
-	}
-	if peer.ID != controlPlaneID(peer.ID.TrustDomain()) {
-		return spiffeid.ID{}, fmt.Errorf("the server is %s and no control plane; check the address", peer.ID)
-	}
-	return peer.ID, nil
 }
 
 // Dial connects to the control plane with the present SVID, over mTLS, and waits

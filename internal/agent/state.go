@@ -40,13 +40,13 @@ type state struct {
 type enrolment struct {
 	ID       spiffeid.ID
 	Instance string
-	Token    string            // id of the join token that was redeemed for it
+	Token    string            // names the evidence that was redeemed for it: a join token's id, or a hash
 	key      *ecdsa.PrivateKey // re-enrols this instance
 }
 
-// pendingKey is a key that a join token is about to register.
+// pendingKey is a key that evidence is about to register.
 type pendingKey struct {
-	Token string
+	Token string // names the evidence
 	key   *ecdsa.PrivateKey
 }
 

@@ -14,6 +14,8 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/sallyport-mesh/sallyport/internal/agent"
+	"github.com/sallyport-mesh/sallyport/internal/issuer/attest"
 	"github.com/sallyport-mesh/sallyport/internal/proxy"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
@@ -43,6 +45,7 @@ func (c *Config) check() []mistake {
 	if c.StateDir == "" {
 		fail("stateDir", errors.New("required: a folder for this sidecar alone"))
 	}
+	c.checkEvidence(fail)
 	fail("tunnel.listen", hostPort(c.Tunnel.Listen))
 	if c.Tunnel.Advertise != "" {
 		_, err := netip.ParseAddr(c.Tunnel.Advertise)
@@ -80,6 +83,33 @@ func (c *Config) check() []mistake {
 		fail("log.format", fmt.Errorf("%q: want text or json", c.Log.Format))
 	}
 	return out
+}
+
+func (c *Config) checkEvidence(fail func(string, error)) {
+	if c.TokenFile != "" && !c.Evidence.IsZero() {
+		fail("tokenFile", errors.New("there is evidence already; a join token belongs there too, as {kind: join-token, tokenFile: …}"))
+	}
+	if !c.Evidence.IsZero() {
+		c.Evidence.Check(func(key string, err error) { fail("evidence."+key, err) })
+	}
+	e := c.evidence()
+	if e.IsZero() {
+		return
+	}
+	switch needs := e.Kind != attest.KindJoinToken; {
+	case needs && c.TrustBundle == "":
+		fail("trustBundle", errors.New("required with this evidence, which must not go to a control plane that is not known: a file with its roots, as PEM or SPIFFE bundle"))
+	case !needs && c.TrustBundle != "":
+		fail("trustBundle", errors.New("not needed: a join token names the control plane's root"))
+	}
+}
+
+// evidence is what to enrol with, tokenFile being the short form.
+func (c *Config) evidence() agent.EvidenceConfig {
+	if c.TokenFile != "" && c.Evidence.IsZero() {
+		return agent.EvidenceConfig{Kind: attest.KindJoinToken, TokenFile: c.TokenFile}
+	}
+	return c.Evidence
 }
 
 func (c *Config) checkOutbound(fail func(string, error)) {

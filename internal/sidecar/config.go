@@ -5,6 +5,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/sallyport-mesh/sallyport/internal/agent"
 	"github.com/sallyport-mesh/sallyport/internal/configfile"
 )
 
@@ -15,8 +16,13 @@ type Config struct {
 	// ControlPlane is the control plane's gRPC address, host:port. Required.
 	ControlPlane string `yaml:"controlPlane"`
 	// TokenFile holds a join token, as "sallyport token create" prints it. It is
-	// needed for the first start only.
+	// needed for the first start only, and short for evidence of kind join-token.
 	TokenFile string `yaml:"tokenFile"`
+	// Evidence is what else to enrol with.
+	Evidence agent.EvidenceConfig `yaml:"evidence"`
+	// TrustBundle holds the control plane's roots: PEM, or a SPIFFE bundle.
+	// Required with evidence other than a join token.
+	TrustBundle string `yaml:"trustBundle"`
 	// StateDir keeps the enrolment key (0600) and the trust bundles. Default: state.
 	StateDir string `yaml:"stateDir"`
 	Tunnel   Tunnel `yaml:"tunnel"`
@@ -122,7 +128,8 @@ func read(path string, f *configfile.File) (Config, error) {
 
 // resolve makes paths independent of the working directory.
 func (c *Config) resolve(dir string) {
-	for _, p := range []*string{&c.TokenFile, &c.StateDir, &c.Admin.Socket, &c.WorkloadAPI.Socket, &c.FlowLog} {
+	c.Evidence.Resolve(dir)
+	for _, p := range []*string{&c.TokenFile, &c.TrustBundle, &c.StateDir, &c.Admin.Socket, &c.WorkloadAPI.Socket, &c.FlowLog} {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(dir, *p)
 		}

@@ -74,6 +74,12 @@ func TestMistakesAreNamedByLine(t *testing.T) {
 	long := strings.Repeat("x", 200)
 	for _, c := range []struct{ from, to, want string }{
 		{"tokenFile: token", "tokenfile: token", `p.yaml:3:1: unknown key "tokenfile"`},
+		{"tokenFile: token", "evidence: {kind: oidc, tokenFile: t}", "trustBundle: required"},
+		{"tokenFile: token", "evidence: {kind: tpm}\ntrustBundle: b", `p.yaml:3:18: evidence.kind: "tpm": want join-token, x509pop, kubernetes or oidc`},
+		{"tokenFile: token", "evidence: {kind: x509pop, certFile: c, cluster: prod}\ntrustBundle: b", "p.yaml:3:11: evidence.keyFile: required for evidence of kind x509pop"},
+		{"tokenFile: token", "evidence: {kind: x509pop, certFile: c, cluster: prod}\ntrustBundle: b", "p.yaml:3:49: evidence.cluster: not for evidence of kind x509pop"},
+		{"tokenFile: token", "tokenFile: token\nevidence: {kind: kubernetes, tokenFile: t}\ntrustBundle: b", "p.yaml:3:12: tokenFile: there is evidence already"},
+		{"tokenFile: token", "tokenFile: token\ntrustBundle: b", "p.yaml:4:14: trustBundle: not needed"},
 		{"drain: 5s", "drain: soon", "p.yaml:14:8: drain: want a duration such as 30s or 1h, not \"soon\"\n    drain: soon\n           ^"},
 		{"drain: 5s", "drain: 5", "p.yaml:14:8: drain: want a duration such as 30s or 1h, not \"5\""},
 		{"drain: 5s", "drain: -5s", "p.yaml:14:8: drain: cannot be negative"},

@@ -10,10 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
-	"os"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -90,13 +87,10 @@ func New(ctx context.Context, cfg Config, opts Options) (*Sidecar, error) {
 }
 
 func (s *Sidecar) open(ctx context.Context, opts Options) error {
-	token, err := readToken(s.cfg)
-	if err != nil {
-		return err
-	}
+	var err error
 	s.agent, err = agent.New(agent.Config{
-		ControlPlane: s.cfg.ControlPlane, Token: token, StateDir: s.cfg.StateDir, Now: s.now, Log: s.log,
-		EnrollWithin: enrollWithin,
+		ControlPlane: s.cfg.ControlPlane, Evidence: s.cfg.evidence(), TrustBundle: s.cfg.TrustBundle,
+		StateDir: s.cfg.StateDir, Now: s.now, Log: s.log, EnrollWithin: enrollWithin,
 	})
 	if err != nil {
 		return err
@@ -229,38 +223,6 @@ type stamped struct {
 func (s stamped) Record(f flow.Flow) {
 	f.Reporter, f.Instance = s.agent.ID().String(), s.agent.Instance()
 	s.next.Record(f)
-}
-
-// readToken reads the join token. A file that is not there is fine once the
-// instance has enrolled.
-func readToken(cfg Config) (string, error) {
-	if cfg.TokenFile == "" {
-		return "", nil
-	}
-	f, err := os.Open(cfg.TokenFile)
-	if errors.Is(err, os.ErrNotExist) {
-		enrolled, stateErr := agent.Enrolled(cfg.StateDir)
-		if stateErr != nil {
-			return "", stateErr
-		}
-		if !enrolled {
-			return "", fmt.Errorf("tokenFile %s does not exist and this instance has not enrolled yet; on the control plane: sallyport token create --workload NAME, and put its output there", cfg.TokenFile)
-		}
-		return "", nil
-	}
-	if err != nil {
-		return "", fmt.Errorf("reading tokenFile: %w", err)
-	}
-	defer f.Close()
-	const limit = 4 << 10
-	b, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err != nil {
-		return "", fmt.Errorf("reading tokenFile: %w", err)
-	}
-	if len(b) > limit {
-		return "", fmt.Errorf("tokenFile %s: more than %d bytes; this is not a join token", cfg.TokenFile, limit)
-	}
-	return strings.TrimSpace(string(b)), nil
 }
 
 // apply puts one kind of resource in force. What it refuses is refused to the
