@@ -1,6 +1,7 @@
-// Package agent obtains a sidecar's identity and keeps it valid: it enrols with
-// the control plane, renews the SVID with a fresh key long before it ends, and
-// remembers just enough on disk to come back after a restart.
+// Package agent obtains an identity and keeps it valid: it enrols with the control
+// plane, renews the SVID with a fresh key long before it ends, and remembers just
+// enough on disk to come back after a restart; or it borrows the identity from a
+// Workload API. A [Wallet] does the same for apps, for which an agent vouches.
 //
 // What it gets, it puts into an [identity.Source]; it carries no traffic and
 // decides nothing. SVID keys stay in memory. On disk are the enrolment key, which
@@ -181,10 +182,15 @@ func (a *Agent) Status() Status {
 	a.mu.Lock()
 	s := a.status
 	a.mu.Unlock()
+	return s.at(a.cfg.Now())
+}
+
+// at fills in the state.
+func (s Status) at(now time.Time) Status {
 	switch {
 	case s.NotAfter.IsZero():
 		s.State = Enrolling
-	case !a.cfg.Now().Before(s.NotAfter):
+	case !now.Before(s.NotAfter):
 		s.State = Expired
 	case s.Detail != "":
 		s.State = Degraded

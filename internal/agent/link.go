@@ -58,14 +58,19 @@ func (a *Agent) anonymous(td spiffeid.TrustDomain) *link {
 	return a.newLink(identity.TLSConfig{Source: bundlesOnly{&a.live}, OptionalClient: true}, td)
 }
 
+// newLink expects the control plane of td; of none, whoever calls has to verify.
 func (a *Agent) newLink(cfg identity.TLSConfig, td spiffeid.TrustDomain) *link {
 	cfg.Now = a.cfg.Now
-	cfg.NextProtos = []string{"h2"}
 	var want identity.Pattern
 	if !td.IsZero() {
 		want = identity.ExactPattern(controlPlaneID(td))
 	}
-	l := &link{addr: a.cfg.ControlPlane, tls: identity.ClientTLS(cfg, want)}
+	return newLink(a.cfg.ControlPlane, cfg, want)
+}
+
+func newLink(addr string, cfg identity.TLSConfig, want identity.Pattern) *link {
+	cfg.NextProtos = []string{"h2"}
+	l := &link{addr: addr, tls: identity.ClientTLS(cfg, want)}
 	verify := l.tls.VerifyConnection
 	l.tls.VerifyConnection = func(s tls.ConnectionState) error {
 		if err := verify(s); err != nil {
@@ -91,7 +96,11 @@ func (a *Agent) Dial(ctx context.Context) (*grpc.ClientConn, error) {
 	if a.remaining() <= 0 {
 		return nil, fmt.Errorf("connecting to the control plane: %w", identity.ErrNoIdentity)
 	}
-	l := a.identified()
+	return a.identified().dial(ctx)
+}
+
+// dial connects and waits until the connection stands.
+func (l *link) dial(ctx context.Context) (*grpc.ClientConn, error) {
 	conn, err := l.open()
 	if err != nil {
 		return nil, err

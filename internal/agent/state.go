@@ -221,7 +221,7 @@ func (s state) encode() ([]byte, error) {
 	return json.MarshalIndent(j, "", "  ")
 }
 
-// store replaces the file durably: when it returns, a crash does not undo it.
+// store makes the state durable.
 func (s state) store(dir string) error {
 	data, err := s.encode()
 	if err != nil {
@@ -230,21 +230,26 @@ func (s state) store(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("making the state folder: %w", err)
 	}
-	tmp := filepath.Join(dir, stateFile+".new") // one writer: Agent.save
-	if err := writeSynced(tmp, data); err != nil {
-		return fmt.Errorf("saving the enrolment: %w", err)
-	}
-	if err := os.Rename(tmp, filepath.Join(dir, stateFile)); err != nil {
-		return fmt.Errorf("saving the enrolment: %w", err)
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return fmt.Errorf("saving the enrolment: %w", err)
-	}
-	if err := errors.Join(d.Sync(), d.Close()); err != nil {
+	if err := replaceFile(dir, stateFile, data); err != nil { // one writer: Agent.save
 		return fmt.Errorf("saving the enrolment: %w", err)
 	}
 	return nil
+}
+
+// replaceFile replaces a file durably: when it returns, a crash does not undo it.
+func replaceFile(dir, name string, data []byte) error {
+	tmp := filepath.Join(dir, name+".new")
+	if err := writeSynced(tmp, data); err != nil {
+		return err
+	}
+	if err := os.Rename(tmp, filepath.Join(dir, name)); err != nil {
+		return err
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 // writeSynced makes the file anew, so that its mode is 0600 whatever was there.

@@ -46,6 +46,7 @@ func (c *Config) check() []mistake {
 		fail("stateDir", errors.New("required: a folder for this sidecar alone"))
 	}
 	c.checkEvidence(fail)
+	c.checkIdentity(fail)
 	fail("tunnel.listen", hostPort(c.Tunnel.Listen))
 	if c.Tunnel.Advertise != "" {
 		_, err := netip.ParseAddr(c.Tunnel.Advertise)
@@ -101,6 +102,27 @@ func (c *Config) checkEvidence(fail func(string, error)) {
 		fail("trustBundle", errors.New("required with this evidence, which must not go to a control plane that is not known: a file with its roots, as PEM or SPIFFE bundle"))
 	case !needs && c.TrustBundle != "":
 		fail("trustBundle", errors.New("not needed: a join token names the control plane's root"))
+	}
+}
+
+func (c *Config) checkIdentity(fail func(string, error)) {
+	id := c.Identity
+	if id.ControlPlaneID != "" {
+		_, err := spiffeid.FromString(id.ControlPlaneID)
+		fail("identity.controlPlaneID", err)
+		if id.WorkloadAPI == "" {
+			fail("identity.controlPlaneID", errors.New("only with identity.workloadAPI; enrolment knows the control plane"))
+		}
+	}
+	if id.WorkloadAPI == "" {
+		return
+	}
+	fail("identity.workloadAPI", agent.CheckWorkloadAPI(id.WorkloadAPI))
+	if !c.evidence().IsZero() {
+		fail("identity.workloadAPI", errors.New("there is evidence to enrol with; use one or the other"))
+	}
+	if c.WorkloadAPI.Socket != "" {
+		fail("workloadAPI.socket", errors.New("the identity comes from a Workload API itself; let the app ask there"))
 	}
 }
 

@@ -23,6 +23,8 @@ type Config struct {
 	// TrustBundle holds the control plane's roots: PEM, or a SPIFFE bundle.
 	// Required with evidence other than a join token.
 	TrustBundle string `yaml:"trustBundle"`
+	// Identity says where else the identity comes from, instead of enrolment.
+	Identity Identity `yaml:"identity"`
 	// StateDir keeps the enrolment key (0600) and the trust bundles. Default: state.
 	StateDir string `yaml:"stateDir"`
 	Tunnel   Tunnel `yaml:"tunnel"`
@@ -61,6 +63,15 @@ type Tunnel struct {
 type Outbound struct {
 	Listen string `yaml:"listen"` // loopback IP:PORT or unix:/path
 	To     string `yaml:"to"`     // WORKLOAD:PORT, as in payments:http
+}
+
+// Identity takes the identity from somebody who keeps it already.
+type Identity struct {
+	// WorkloadAPI is a socket as SPIFFE_ENDPOINT_SOCKET names it: unix:///path.
+	WorkloadAPI string `yaml:"workloadAPI"`
+	// ControlPlaneID is whom to expect at controlPlane. Default: the control plane
+	// of the SVID's own trust domain.
+	ControlPlaneID string `yaml:"controlPlaneID"`
 }
 
 // WorkloadAPI is the SPIFFE Workload API and Envoy's SDS for the app. The users in

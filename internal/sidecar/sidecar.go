@@ -16,6 +16,8 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
 
 	"github.com/sallyport-mesh/sallyport/internal/admin"
 	"github.com/sallyport-mesh/sallyport/internal/agent"
@@ -24,6 +26,7 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/proxy"
 	"github.com/sallyport-mesh/sallyport/internal/revocation"
 	"github.com/sallyport-mesh/sallyport/internal/xds"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
 const (
@@ -41,13 +44,27 @@ type Options struct {
 	Version string           // shown in the metrics
 }
 
+// provider is where the identity comes from: enrolment, or a Workload API socket.
+type provider interface {
+	Run(context.Context) error
+	Ready() <-chan struct{}
+	Status() agent.Status
+	ID() spiffeid.ID
+	Instance() string
+	Source() identity.Source
+	SetBundles(identity.Bundles) error
+	Dial(context.Context) (*grpc.ClientConn, error)
+}
+
+var _, _ provider = (*agent.Agent)(nil), (*agent.Borrowed)(nil)
+
 // Sidecar is one workload's door. Make it with [New], let it work with Run.
 type Sidecar struct {
 	cfg Config
 	log hclog.Logger
 	now func() time.Time
 
-	agent    *agent.Agent
+	agent    provider
 	wallet   *agent.Wallet    // nil: the app has no socket to ask at
 	endpoint *endpoint.Server // as wallet
 	views    proxy.Views
@@ -87,11 +104,7 @@ func New(ctx context.Context, cfg Config, opts Options) (*Sidecar, error) {
 }
 
 func (s *Sidecar) open(ctx context.Context, opts Options) error {
-	var err error
-	s.agent, err = agent.New(agent.Config{
-		ControlPlane: s.cfg.ControlPlane, Evidence: s.cfg.evidence(), TrustBundle: s.cfg.TrustBundle,
-		StateDir: s.cfg.StateDir, Now: s.now, Log: s.log, EnrollWithin: enrollWithin,
-	})
+	err := s.openIdentity()
 	if err != nil {
 		return err
 	}
@@ -107,9 +120,6 @@ func (s *Sidecar) open(ctx context.Context, opts Options) error {
 	s.sink = stamped{s.agent, flow.Tee(append(sinks, admin.NewMetrics(s.metrics, opts.Version, s.sources()))...)}
 	if err := s.openProxy(); err != nil {
 		return err
-	}
-	if err := s.openWorkloadAPI(); err != nil {
-		return fmt.Errorf("workloadAPI.socket: %w", err)
 	}
 	s.announce = newAnnouncer(s.log.Named("announce"))
 	s.openHealth()
@@ -147,15 +157,48 @@ func (s *Sidecar) openProxy() error {
 	return err
 }
 
-// openWorkloadAPI opens the socket at which the app gets its own SVID.
-func (s *Sidecar) openWorkloadAPI() (err error) {
+// openIdentity prepares the sidecar's own identity, and the socket at which the
+// app gets its own SVID.
+func (s *Sidecar) openIdentity() error {
+	if s.cfg.Identity.WorkloadAPI != "" {
+		return s.borrowIdentity()
+	}
+	a, err := agent.New(agent.Config{
+		ControlPlane: s.cfg.ControlPlane, Evidence: s.cfg.evidence(), TrustBundle: s.cfg.TrustBundle,
+		StateDir: s.cfg.StateDir, Now: s.now, Log: s.log, EnrollWithin: enrollWithin,
+	})
+	if err != nil {
+		return err
+	}
+	s.agent = a
 	if s.cfg.WorkloadAPI.Socket == "" {
 		return nil
 	}
 	log := s.log.Named("workload-api")
-	s.wallet = agent.NewWallet(s.agent, agent.WalletConfig{AllowUIDs: s.cfg.AllowUIDs, Log: log})
-	s.endpoint, err = endpoint.New(endpoint.Config{Path: s.cfg.WorkloadAPI.Socket, Holder: s.wallet, Log: log})
-	return err
+	s.wallet = agent.NewWallet(a, agent.WalletConfig{AllowUIDs: s.cfg.AllowUIDs, Log: log})
+	if s.endpoint, err = endpoint.New(endpoint.Config{Path: s.cfg.WorkloadAPI.Socket, Holder: s.wallet, Log: log}); err != nil {
+		return fmt.Errorf("workloadAPI.socket: %w", err)
+	}
+	return nil
+}
+
+func (s *Sidecar) borrowIdentity() error {
+	var id spiffeid.ID
+	if text := s.cfg.Identity.ControlPlaneID; text != "" {
+		var err error
+		if id, err = spiffeid.FromString(text); err != nil {
+			return fmt.Errorf("identity.controlPlaneID: %w", err)
+		}
+	}
+	b, err := agent.Borrow(agent.BorrowConfig{
+		ControlPlane: s.cfg.ControlPlane, WorkloadAPI: s.cfg.Identity.WorkloadAPI, ControlPlaneID: id,
+		StateDir: s.cfg.StateDir, Now: s.now, Log: s.log,
+	})
+	if err != nil {
+		return err
+	}
+	s.agent = b
+	return nil
 }
 
 func (s *Sidecar) openAdmin(ctx context.Context) (err error) {
@@ -216,7 +259,7 @@ func (s *Sidecar) AdminAddr() net.Addr {
 
 // stamped marks records with who made them.
 type stamped struct {
-	agent *agent.Agent
+	agent provider
 	next  flow.Sink
 }
 
