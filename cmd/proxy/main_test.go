@@ -15,6 +15,8 @@ func TestCommandLine(t *testing.T) {
 	bad, good := filepath.Join(dir, "bad.yaml"), filepath.Join(dir, "good.yaml")
 	require.NoError(t, os.WriteFile(bad, []byte("controlPlane: 127.0.0.1:1\nport: 3\n"), 0o600))
 	require.NoError(t, os.WriteFile(good, []byte("controlPlane: 127.0.0.1:1\ntunnel: {listen: \"127.0.0.1:0\"}\n"), 0o600))
+	host := filepath.Join(dir, "agent.yaml")
+	require.NoError(t, os.WriteFile(host, []byte("controlPlane: 127.0.0.1:1\n"), 0o600))
 	for _, c := range []struct {
 		args           string
 		code           int
@@ -25,7 +27,9 @@ func TestCommandLine(t *testing.T) {
 		{"--help", 0, "usage: sallyport-proxy run", ""},
 		{"version", 0, "sallyport-proxy dev\n", ""},
 		{"exec -- app", 2, "", "sallyport-proxy: exec is not part of this version"},
-		{"agent", 2, "", "sallyport-proxy: agent is not part of this version"},
+		{"agent", 2, "", "reading configuration: open agent.yaml: no such file"},
+		{"agent --config " + bad, 2, "", bad + `:2:1: unknown key "port"`},
+		{"agent -config " + host, 1, "", "no join token"},
 		{"redirect", 2, "", "sallyport-proxy: redirect is not part of this version"},
 		{"wait", 2, "", "sallyport-proxy: wait is not part of this version"},
 		{"dance", 2, "", `sallyport-proxy: unknown command "dance"`},

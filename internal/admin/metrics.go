@@ -13,8 +13,11 @@ import (
 // Sources are read at each scrape. A nil source leaves its metric out. The keys
 // of the maps become label values and must come from a small fixed set.
 type Sources struct {
-	Live              func() map[flow.Side]int    // connections being relayed
-	SVIDExpiry        func() (time.Time, bool)    // false: no SVID yet
+	Live       func() map[flow.Side]int // connections being relayed
+	SVIDExpiry func() (time.Time, bool) // false: no SVID yet
+	// Outage is how long each identity would survive an outage of the control
+	// plane that began now; negative: it has expired.
+	Outage            func() map[string]time.Duration
 	SVIDRenewals      func() uint64               // SVIDs obtained after the first
 	Revisions         func() map[string]string    // kind of resource → revision in force
 	Dropped           func() map[string]uint64    // sink → flow records lost
@@ -77,9 +80,9 @@ func (m *Metrics) Record(f flow.Flow) {
 
 // source turns Sources into metrics at each scrape.
 type source struct {
-	s                                                                  Sources
-	live, svid, renewals, view, dropped, local, handshakes, components *prometheus.Desc
-	list, listEntries, listAge, lists, revoked                         *prometheus.Desc
+	s                                                                          Sources
+	live, svid, outage, renewals, view, dropped, local, handshakes, components *prometheus.Desc
+	list, listEntries, listAge, lists, revoked                                 *prometheus.Desc
 }
 
 func newSource(s Sources) *source {
@@ -90,6 +93,7 @@ func newSource(s Sources) *source {
 		s:          s,
 		live:       desc("live_connections", "Connections being relayed now.", "side"),
 		svid:       desc("svid_remaining_seconds", "Seconds until the SVID expires; negative when it has."),
+		outage:     desc("identity_outage_seconds", "Seconds that an identity would survive an outage of the control plane that began now; negative when it has expired.", "identity"),
 		renewals:   desc("svid_renewals_total", "SVIDs obtained after the first."),
 		view:       desc("view_info", "Always 1; the revision in force, for each kind of resource.", "kind", "revision"),
 		dropped:    desc("flow_records_dropped_total", "Flow records lost because a sink was full.", "sink"),
@@ -107,7 +111,7 @@ func newSource(s Sources) *source {
 
 // Describe implements [prometheus.Collector].
 func (c *source) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{c.live, c.svid, c.renewals, c.view, c.dropped, c.local, c.handshakes, c.components, c.list, c.listEntries, c.listAge, c.lists, c.revoked} {
+	for _, d := range []*prometheus.Desc{c.live, c.svid, c.outage, c.renewals, c.view, c.dropped, c.local, c.handshakes, c.components, c.list, c.listEntries, c.listAge, c.lists, c.revoked} {
 		ch <- d
 	}
 }
@@ -128,6 +132,11 @@ func (c *source) Collect(ch chan<- prometheus.Metric) {
 	if c.s.SVIDExpiry != nil {
 		if t, ok := c.s.SVIDExpiry(); ok {
 			gauge(c.svid, t.Sub(c.s.Now()).Seconds())
+		}
+	}
+	if c.s.Outage != nil {
+		for identity, left := range c.s.Outage() {
+			gauge(c.outage, left.Seconds(), identity)
 		}
 	}
 	if c.s.SVIDRenewals != nil {

@@ -113,21 +113,32 @@ func (w *Wallet) JWT(ctx context.Context, c endpoint.Caller, id spiffeid.ID, aud
 
 // lease finds or makes the lease of a caller, who follows it until ctx ends.
 func (w *Wallet) lease(ctx context.Context, c endpoint.Caller) (*lease, error) {
+	if w.cfg.AllowUIDs != nil && !slices.Contains(w.cfg.AllowUIDs, c.UID) {
+		return nil, fmt.Errorf("%w: user %d is not one of allowUIDs", endpoint.ErrDenied, c.UID)
+	}
+	if w.cfg.Find == nil {
+		return w.take(ctx, nil, c.UID)
+	}
+	evidence, err := w.cfg.Find(ctx, c)
+	if err != nil {
+		return nil, fmt.Errorf("%w: looking at process %d: %w", endpoint.ErrDenied, c.PID, err)
+	}
+	if len(evidence) == 0 { // nothing proves nothing
+		return nil, endpoint.ErrDenied
+	}
+	return w.take(ctx, evidence, c.UID)
+}
+
+// take finds or makes the lease of evidence, nil being the agent's own app, which
+// is followed until ctx ends.
+func (w *Wallet) take(ctx context.Context, evidence Evidence, uid uint32) (*lease, error) {
 	select {
 	case <-w.agent.Ready():
 	default:
 		return nil, endpoint.ErrStarting
 	}
-	if w.cfg.AllowUIDs != nil && !slices.Contains(w.cfg.AllowUIDs, c.UID) {
-		return nil, fmt.Errorf("%w: user %d is not one of allowUIDs", endpoint.ErrDenied, c.UID)
-	}
-	var evidence Evidence
 	key := ""
-	if w.cfg.Find != nil {
-		var err error
-		if evidence, err = w.cfg.Find(ctx, c); err != nil {
-			return nil, fmt.Errorf("%w: looking at process %d: %w", endpoint.ErrDenied, c.PID, err)
-		}
+	if evidence != nil {
 		key = digestOf(evidence)
 	}
 	w.mu.Lock()
@@ -137,15 +148,15 @@ func (w *Wallet) lease(ctx context.Context, c endpoint.Caller) (*lease, error) {
 	}
 	l := w.leases[key]
 	if l == nil {
-		if len(w.leases) >= maxLeases || w.users[c.UID] >= maxLeasesOfUser {
+		if len(w.leases) >= maxLeases || w.users[uid] >= maxLeasesOfUser {
 			return nil, errors.New("too many different processes ask for identities; try again later")
 		}
-		l = &lease{wallet: w, key: key, uid: c.UID}
-		if w.cfg.Find != nil {
+		l = &lease{wallet: w, key: key, uid: uid}
+		if evidence != nil {
 			l.process = processOf(evidence)
 		}
 		w.leases[key] = l
-		w.users[c.UID]++
+		w.users[uid]++
 		w.spawn(l)
 	}
 	l.followers++

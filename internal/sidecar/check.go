@@ -47,6 +47,9 @@ func (c *Config) check() []mistake {
 	}
 	c.checkEvidence(fail)
 	c.checkIdentity(fail)
+	for i, file := range c.Files {
+		file.Check(func(key string, err error) { fail(fmt.Sprintf("files[%d].%s", i, key), err) })
+	}
 	fail("tunnel.listen", hostPort(c.Tunnel.Listen))
 	if c.Tunnel.Advertise != "" {
 		_, err := netip.ParseAddr(c.Tunnel.Advertise)
@@ -120,6 +123,9 @@ func (c *Config) checkIdentity(fail func(string, error)) {
 	fail("identity.workloadAPI", agent.CheckWorkloadAPI(id.WorkloadAPI))
 	if !c.evidence().IsZero() {
 		fail("identity.workloadAPI", errors.New("there is evidence to enrol with; use one or the other"))
+	}
+	if len(c.Files) > 0 {
+		fail("files", errors.New("the identity comes from a Workload API itself; whoever serves it can write them"))
 	}
 	if c.WorkloadAPI.Socket != "" {
 		fail("workloadAPI.socket", errors.New("the identity comes from a Workload API itself; let the app ask there"))

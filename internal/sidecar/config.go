@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/sallyport-mesh/sallyport/internal/agent"
+	"github.com/sallyport-mesh/sallyport/internal/agent/pemfile"
 	"github.com/sallyport-mesh/sallyport/internal/configfile"
 )
 
@@ -39,7 +40,10 @@ type Config struct {
 	// WorkloadAPI is the socket at which the app asks for its own SVID. Default:
 	// none.
 	WorkloadAPI WorkloadAPI `yaml:"workloadAPI"`
-	Admin       Admin       `yaml:"admin"`
+	// Files are folders that the app's own SVID is written to, for programs that
+	// read files.
+	Files []pemfile.Config `yaml:"files"`
+	Admin Admin            `yaml:"admin"`
 	// Drain is how long a stop waits for live connections. Default: 30s.
 	Drain time.Duration `yaml:"drain"`
 	// Idle is after how long without a byte in either direction a connection is
@@ -140,6 +144,9 @@ func read(path string, f *configfile.File) (Config, error) {
 // resolve makes paths independent of the working directory.
 func (c *Config) resolve(dir string) {
 	c.Evidence.Resolve(dir)
+	for i := range c.Files {
+		c.Files[i].Resolve(dir)
+	}
 	for _, p := range []*string{&c.TokenFile, &c.TrustBundle, &c.StateDir, &c.Admin.Socket, &c.WorkloadAPI.Socket, &c.FlowLog} {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(dir, *p)

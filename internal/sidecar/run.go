@@ -68,9 +68,14 @@ func (s *Sidecar) Run(ctx context.Context) error {
 		h := admin.DebugHandler(s.debugParts())
 		base.start(func(ctx context.Context) error { return admin.Serve(ctx, s.adminSocket, h) })
 	}
-	if s.endpoint != nil {
+	if s.wallet != nil {
 		base.start(s.wallet.Run)
+	}
+	if s.endpoint != nil {
 		base.start(s.endpoint.Serve)
+	}
+	for _, f := range s.files {
+		base.start(f.Run)
 	}
 	link.start(s.keepLink)
 	traffic.start(s.inbound.Serve)

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"sync/atomic"
 	"time"
 
@@ -22,6 +23,7 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/admin"
 	"github.com/sallyport-mesh/sallyport/internal/agent"
 	"github.com/sallyport-mesh/sallyport/internal/agent/endpoint"
+	"github.com/sallyport-mesh/sallyport/internal/agent/pemfile"
 	"github.com/sallyport-mesh/sallyport/internal/flow"
 	"github.com/sallyport-mesh/sallyport/internal/proxy"
 	"github.com/sallyport-mesh/sallyport/internal/revocation"
@@ -65,8 +67,9 @@ type Sidecar struct {
 	now func() time.Time
 
 	agent    provider
-	wallet   *agent.Wallet    // nil: the app has no socket to ask at
-	endpoint *endpoint.Server // as wallet
+	wallet   *agent.Wallet    // nil: the app has neither socket nor files
+	endpoint *endpoint.Server // nil: the app has no socket to ask at
+	files    []*agent.Files
 	views    proxy.Views
 	book     *revocation.Book
 	near     *proxy.Neighbours
@@ -171,11 +174,21 @@ func (s *Sidecar) openIdentity() error {
 		return err
 	}
 	s.agent = a
-	if s.cfg.WorkloadAPI.Socket == "" {
+	if s.cfg.WorkloadAPI.Socket == "" && len(s.cfg.Files) == 0 {
 		return nil
 	}
 	log := s.log.Named("workload-api")
 	s.wallet = agent.NewWallet(a, agent.WalletConfig{AllowUIDs: s.cfg.AllowUIDs, Log: log})
+	for i, file := range s.cfg.Files {
+		w, err := pemfile.New(file, s.log.Named("files"))
+		if err != nil {
+			return fmt.Errorf("files[%d]: %w", i, err)
+		}
+		s.files = append(s.files, agent.NewFiles(s.wallet, w, nil, uint32(os.Geteuid())))
+	}
+	if s.cfg.WorkloadAPI.Socket == "" {
+		return nil
+	}
 	if s.endpoint, err = endpoint.New(endpoint.Config{Path: s.cfg.WorkloadAPI.Socket, Holder: s.wallet, Log: log}); err != nil {
 		return fmt.Errorf("workloadAPI.socket: %w", err)
 	}
@@ -226,6 +239,9 @@ func (s *Sidecar) close() {
 	}
 	if s.endpoint != nil {
 		errs = append(errs, s.endpoint.Close())
+	}
+	for _, f := range s.files {
+		errs = append(errs, f.Close())
 	}
 	for _, ln := range []net.Listener{s.adminHTTP, s.adminSocket} {
 		if ln != nil {

@@ -6,12 +6,11 @@ import (
 	"strings"
 	"time"
 
-	"go.yaml.in/yaml/v4"
-
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/admin"
 	"github.com/sallyport-mesh/sallyport/internal/agent"
 	"github.com/sallyport-mesh/sallyport/internal/capture"
+	"github.com/sallyport-mesh/sallyport/internal/configfile"
 	"github.com/sallyport-mesh/sallyport/internal/flow"
 	"github.com/sallyport-mesh/sallyport/internal/proxy"
 	"github.com/sallyport-mesh/sallyport/internal/xds"
@@ -28,6 +27,7 @@ const (
 	componentOutbound  = "outbound"
 	componentIsolation = "local-isolation"
 	componentRevoked   = "revocation"
+	componentAppSVID   = "app-identity"
 )
 
 func (s *Sidecar) openHealth() {
@@ -40,6 +40,9 @@ func (s *Sidecar) openHealth() {
 	s.health.Set(componentIsolation, admin.OK, "")
 	if why := s.isolationOff(); why != "" {
 		s.health.Set(componentIsolation, admin.Degraded, why)
+	}
+	if s.wallet != nil {
+		s.health.Set(componentAppSVID, admin.OK, "")
 	}
 	s.health.BeforeReport(s.refreshHealth)
 }
@@ -64,6 +67,14 @@ func (s *Sidecar) refreshHealth() {
 	all := s.troubles(s.views.Load())
 	if errs := s.inbound.AppErrors(); len(errs) > 0 {
 		all[componentApp] = append(all[componentApp], "the last call to the app went wrong; is it running? "+strings.Join(errs, ", "))
+	}
+	if s.wallet != nil {
+		all[componentAppSVID] = s.wallet.Late(s.now())
+		for _, f := range s.files {
+			if err := f.Trouble(); err != nil {
+				all[componentAppSVID] = append(all[componentAppSVID], fmt.Sprintf("files in %s: %v", f.Dir(), err))
+			}
+		}
 	}
 	for component, why := range all {
 		if len(why) > 0 {
@@ -163,6 +174,21 @@ func (s *Sidecar) announceFailed(err error) {
 	s.health.Set(componentAnnounce, admin.Degraded, err.Error())
 }
 
+// outage is how long the sidecar's own identity and the app's would survive an
+// outage that began now.
+func (s *Sidecar) outage() map[string]time.Duration {
+	out := make(map[string]time.Duration)
+	if t := s.agent.Status().NotAfter; !t.IsZero() {
+		out["self"] = t.Sub(s.now())
+	}
+	if s.wallet != nil {
+		if least, n := s.wallet.Outage(s.now()); n > 0 {
+			out["app"] = least
+		}
+	}
+	return out
+}
+
 // sources feeds the metrics. It is read at each scrape, after New.
 func (s *Sidecar) sources() admin.Sources {
 	return admin.Sources{
@@ -174,6 +200,7 @@ func (s *Sidecar) sources() admin.Sources {
 			t := s.agent.Status().NotAfter
 			return t, !t.IsZero()
 		},
+		Outage:       s.outage,
 		SVIDRenewals: func() uint64 { return s.agent.Status().Renewals },
 		Revisions: func() map[string]string {
 			out := make(map[string]string)
@@ -204,7 +231,7 @@ func (s *Sidecar) sources() admin.Sources {
 // secret: the configuration names files, it does not quote them.
 func (s *Sidecar) debugParts() map[string]func() any {
 	return map[string]func() any{
-		"config": func() any { return describe(s.cfg) },
+		"config": func() any { return configfile.Plain(s.cfg) },
 		"view":   func() any { return s.views.Load().Describe() },
 		"connections": func() any {
 			return map[flow.Side][]proxy.Connection{
@@ -212,17 +239,4 @@ func (s *Sidecar) debugParts() map[string]func() any {
 			}
 		},
 	}
-}
-
-// describe gives c with the keys and the spelling of the configuration file.
-func describe(c Config) any {
-	text, err := yaml.Dump(c)
-	if err != nil {
-		return err.Error()
-	}
-	var out map[string]any
-	if err := yaml.Load(text, &out); err != nil {
-		return err.Error()
-	}
-	return out
 }
