@@ -75,9 +75,9 @@ func newControlPlane(t *testing.T, svidTTL time.Duration) *controlPlane {
 	require.NoError(t, err)
 	log := audit.New(mem, c.clock.Now)
 	c.registry = registry.New(registry.Config{Store: mem, Audit: log, RootHash: c.ca.RootHash, Now: c.clock.Now})
-	c.registry.SetWorkloads([]policy.CompiledWorkload{workload("payments"), workload("orders")})
+	c.registry.SetWorkloads(workloads())
 	c.service = issuer.New(issuer.Config{CA: c.ca, Registry: c.registry, Now: c.clock.Now})
-	c.edge = newEdge(t, c)
+	c.edge = &edge{Service: c.service}
 	c.listen("127.0.0.1:0")
 	t.Cleanup(c.stop)
 	return c

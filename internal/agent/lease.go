@@ -12,7 +12,6 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -300,19 +299,15 @@ func (l *lease) jwt(ctx context.Context, id spiffeid.ID, audience []string) (str
 	if err != nil {
 		return "", err
 	}
-	svid, err := jwtsvid.ParseInsecure(resp.GetToken(), audience)
-	switch {
-	case err != nil:
-		return "", fmt.Errorf("checking the issued JWT-SVID: %w", err)
-	case svid.ID != id:
-		return "", fmt.Errorf("checking the issued JWT-SVID: it is for %s, not for %s", svid.ID, id)
+	if resp.GetSpiffeId() != id.String() {
+		return "", fmt.Errorf("checking the issued JWT-SVID: it is for %s, not for %s", resp.GetSpiffeId(), id)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if len(l.tokens) >= maxTokens || l.tokens == nil {
 		l.tokens = map[string]token{}
 	}
-	l.tokens[key] = token{resp.GetToken(), now.Add(svid.Expiry.Sub(now) / 2)}
+	l.tokens[key] = token{resp.GetToken(), now.Add(resp.GetExpires().AsTime().Sub(now) / 2)}
 	return resp.GetToken(), nil
 }
 

@@ -203,8 +203,8 @@ func TestPushedBundlesReachFollowers(t *testing.T) {
 	require.NoError(t, err)
 	defer src.Close()
 	partner := spiffeid.RequireTrustDomainFromString("partner.example")
-	bundles := s.cp.edge.bundles(t)
-	bundles[partner] = spiffebundle.FromX509Authorities(partner, newControlPlane(t, time.Hour).ca.Bundle())
+	bundles := s.cp.bundles()
+	bundles[partner] = spiffebundle.FromX509Authorities(partner, newControlPlane(t, time.Hour).ca.X509Roots())
 	require.NoError(t, s.agent.SetBundles(bundles))
 	eventually(t, "the partner's bundle", func() bool {
 		_, err := src.GetX509BundleForTrustDomain(partner)
@@ -224,9 +224,9 @@ func byUID(_ context.Context, c endpoint.Caller) (Evidence, error) {
 	case 65504:
 		return nil, errors.New("the process is gone")
 	case 0:
-		return Evidence{"path": {"/root"}, "uid": {"0"}}, nil
+		return Evidence{"path": {"/bin/root"}, "uid": {"0"}}, nil
 	}
-	return Evidence{"path": {"/user"}, "uid": {string(rune('0' + c.UID%10))}}, nil
+	return Evidence{"path": {"/bin/user"}, "uid": {string(rune('0' + c.UID%10))}}, nil
 }
 
 // D6 on a host: each process gets what its own evidence proves, with a key of its
@@ -239,7 +239,7 @@ func TestD6HostEvidence(t *testing.T) {
 		t.Skip("acting as several users needs root")
 	}
 	s := newShelf(t, time.Hour, WalletConfig{Find: byUID})
-	ids := map[int]string{0: "/root", 65501: "/user", 65502: "/user"}
+	ids := map[int]string{0: "/shop/root", 65501: "/shop/user", 65502: "/shop/user"}
 	keys := map[int]*ecdsa.PrivateKey{}
 	for uid, want := range ids {
 		c := s.client(uid)
@@ -277,12 +277,12 @@ func TestIdentityTakenAway(t *testing.T) {
 	recv, _ := s.follow(0)
 	before, err := recv()
 	require.NoError(t, err)
-	s.cp.edge.set(codes.Unavailable, nil)
+	s.cp.edge.set(codes.Unavailable)
 	s.cp.advance(time.Minute, "late", func() bool { i := s.wallet.Identities(); return len(i) == 1 && i[0].Late && i[0].Detail != "" })
 	if got, err := s.client(0).FetchX509SVID(briefly(t)); err != nil || !bytes.HasPrefix(before.X509Svid, got.Certificates[0].Raw) {
 		t.Errorf("a valid SVID was given up: %v", err)
 	}
-	s.cp.edge.set(codes.PermissionDenied, nil)
+	s.cp.edge.set(codes.PermissionDenied)
 	ended := make(chan error, 1)
 	go func() { _, err := recv(); ended <- err }()
 	s.cp.advance(time.Second, "taken away", func() bool { return len(ended) == 1 })
@@ -296,7 +296,7 @@ func TestIdentityTakenAway(t *testing.T) {
 		t.Errorf("got %+v", i)
 	}
 	// Readmitted, it works again by itself.
-	s.cp.edge.set(codes.OK, nil)
+	s.cp.edge.set(codes.OK)
 	s.cp.advance(100*time.Millisecond, "readmitted", func() bool {
 		_, err := s.client(0).FetchX509SVID(briefly(t))
 		return err == nil
@@ -306,13 +306,19 @@ func TestIdentityTakenAway(t *testing.T) {
 // JWT-SVIDs are kept until half of their life, for one audience each.
 func TestJWTsAreKept(t *testing.T) {
 	s := newShelf(t, time.Hour, WalletConfig{})
-	require.NoError(t, s.agent.SetBundles(s.cp.edge.bundles(t)))
+	require.NoError(t, s.agent.SetBundles(s.cp.bundles()))
 	c := s.client(os.Geteuid())
+	cc, err := grpc.NewClient("passthrough:///api", grpc.WithTransportCredentials(insecure.NewCredentials()), s.dialer(os.Geteuid()))
+	require.NoError(t, err)
+	defer cc.Close()
+	api := workloadpb.NewSpiffeWorkloadAPIClient(cc)
 	fetch := func(audience string, extra ...string) string {
 		t.Helper()
-		svid, err := c.FetchJWTSVID(briefly(t), jwtsvid.Params{Audience: audience, ExtraAudiences: extra})
+		// Not go-spiffe's client, which reads the token by the real clock.
+		resp, err := api.FetchJWTSVID(metadata.AppendToOutgoingContext(briefly(t), "workload.spiffe.io", "true"),
+			&workloadpb.JWTSVIDRequest{Audience: append([]string{audience}, extra...)})
 		require.NoError(t, err)
-		return svid.Marshal()
+		return resp.Svids[0].Svid
 	}
 	one := fetch("db")
 	if fetch("db") != one {
@@ -333,24 +339,17 @@ func TestJWTsAreKept(t *testing.T) {
 // SECURITY D1 seen from the agent: what it did not ask for it does not hand on.
 func TestLeaseRefusesWhatItDidNotAskFor(t *testing.T) {
 	s := newShelf(t, time.Hour, WalletConfig{})
-	key, csr, err := newKey()
-	require.NoError(t, err)
-	other, _, err := newKey()
-	require.NoError(t, err)
 	l := &lease{wallet: s.wallet}
-	for name, c := range map[string]struct {
-		path string
-		key  *ecdsa.PrivateKey
-		ok   bool
-	}{
-		"as asked": {"/shop/payments", key, true}, "another ID": {"/shop/orders", key, false},
-		"another key": {"/shop/payments", other, false},
-	} {
-		msg, err := s.cp.edge.issue(t.Context(), spiffeid.RequireFromPath(td, c.path), csr)
-		require.NoError(t, err)
-		if err := l.accept(msg, c.key); (err == nil) != c.ok {
-			t.Errorf("%s: got %v", name, err)
-		}
+	other, key := s.cp.issue(t, "/shop/orders")
+	if err := l.accept(other, key); err == nil {
+		t.Error("another ID was accepted")
+	}
+	msg, good := s.cp.issue(t, "/shop/payments")
+	if err := l.accept(msg, key); err == nil {
+		t.Error("an SVID for another key was accepted")
+	}
+	if err := l.accept(msg, good); err != nil {
+		t.Errorf("as asked: %v", err)
 	}
 	if err := l.accept(&sallyportv1.SVID{}, key); err == nil {
 		t.Error("nothing at all was accepted")
