@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/ecdsa"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -220,13 +221,13 @@ func TestPushedBundlesReachFollowers(t *testing.T) {
 func byUID(_ context.Context, c endpoint.Caller) (Evidence, error) {
 	switch c.UID {
 	case 65503:
-		return Evidence{"uid": {"65503"}}, nil
+		return Evidence{"uid": {"65503"}, "gid": {"0"}}, nil
 	case 65504:
 		return nil, errors.New("the process is gone")
 	case 0:
-		return Evidence{"path": {"/bin/root"}, "uid": {"0"}}, nil
+		return Evidence{"path": {"/bin/root"}, "uid": {"0"}, "gid": {"0"}}, nil
 	}
-	return Evidence{"path": {"/bin/user"}, "uid": {string(rune('0' + c.UID%10))}}, nil
+	return Evidence{"path": {"/bin/user"}, "uid": {fmt.Sprint(c.UID)}, "gid": {"0"}}, nil
 }
 
 // D6 on a host: each process gets what its own evidence proves, with a key of its

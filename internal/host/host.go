@@ -24,6 +24,7 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/agent"
 	"github.com/sallyport-mesh/sallyport/internal/agent/endpoint"
 	"github.com/sallyport-mesh/sallyport/internal/agent/pemfile"
+	"github.com/sallyport-mesh/sallyport/internal/issuer/attest"
 )
 
 // enrollWithin is how long a first start waits for the control plane. One that has
@@ -149,7 +150,11 @@ func (h *Host) AdminAddr() net.Addr {
 
 // evidenceOf is what is known of a caller.
 func evidenceOf(_ context.Context, c endpoint.Caller) (agent.Evidence, error) {
-	return userEvidence(c.UID, c.GID), nil
+	p, err := c.Process()
+	if err != nil {
+		return nil, err
+	}
+	return attest.ProcessSelectors(p), nil
 }
 
 // userEvidence is what is known of any process of a user.

@@ -22,7 +22,8 @@ import (
 // read. Connections beyond the limits are closed.
 type listener struct {
 	*net.UnixListener
-	log hclog.Logger
+	log       hclog.Logger
+	inspector peercred.Inspector
 
 	mu    sync.Mutex
 	total int            // guarded by mu
@@ -52,7 +53,54 @@ func (l *listener) Accept() (net.Conn, error) {
 			_ = c.Close() // turned away
 			continue
 		}
-		return &conn{UnixConn: c, caller: Caller{cred}, leave: sync.OnceFunc(func() { l.leave(cred) })}, nil
+		return l.admitted(c, cred), nil
+	}
+}
+
+// admitted makes the connection of a caller who was let in.
+func (l *listener) admitted(c *net.UnixConn, cred peercred.Cred) *conn {
+	p := &pinned{look: func() (*peercred.Process, error) { return l.inspector.Conn(c) }}
+	return &conn{UnixConn: c, caller: Caller{cred, p}, leave: sync.OnceFunc(func() {
+		p.close()
+		l.leave(cred)
+	})}
+}
+
+// pinned is the process of one connection. Looking it up may take a while, since
+// its executable is hashed: it waits until somebody needs it, and who else needs it
+// on this connection waits too.
+type pinned struct {
+	look func() (*peercred.Process, error)
+
+	mu      sync.Mutex
+	looked  bool              // guarded by mu
+	closed  bool              // guarded by mu
+	process *peercred.Process // guarded by mu; nil: not looked up, or err
+	err     error             // guarded by mu
+}
+
+func (p *pinned) get() (*peercred.Process, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return nil, net.ErrClosed
+	}
+	if !p.looked {
+		p.looked = true
+		p.process, p.err = p.look()
+	}
+	if p.err != nil {
+		return nil, p.err
+	}
+	return p.process, p.process.Alive()
+}
+
+func (p *pinned) close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closed = true
+	if p.process != nil && p.err == nil {
+		p.process.Close()
 	}
 }
 

@@ -51,7 +51,13 @@ const (
 // when it connected.
 type Caller struct {
 	peercred.Cred
+	pinned *pinned
 }
+
+// Process looks the caller up, once for each connection, and afterwards only makes
+// sure that it is still there: what is found out of it never becomes another
+// process's. The Process belongs to the connection.
+func (c Caller) Process() (*peercred.Process, error) { return c.pinned.get() }
 
 // Errors of a [Holder] that callers are told by a status code of their own. All
 // others are Unavailable, which clients take as an invitation to try again.

@@ -37,7 +37,12 @@ import (
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if path := os.Getenv(dialEnv); path != "" {
+		dialAndWait(path)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 const deadline = 10 * time.Second
 
