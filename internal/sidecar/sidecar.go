@@ -56,6 +56,7 @@ type provider interface {
 	Source() identity.Source
 	SetBundles(identity.Bundles) error
 	Dial(context.Context) (*grpc.ClientConn, error)
+	RenewNow()
 }
 
 var _, _ provider = (*agent.Agent)(nil), (*agent.Borrowed)(nil)
