@@ -188,6 +188,7 @@ func TestMetrics(t *testing.T) {
 	m := NewMetrics(reg, "1.2.3", Sources{
 		Live:              func() map[flow.Side]int { return map[flow.Side]int{flow.Inbound: 3} },
 		SVIDExpiry:        func() (time.Time, bool) { return now.Add(90 * time.Second), true },
+		Outage:            func() map[string]time.Duration { return map[string]time.Duration{"self": time.Hour, "app": -time.Second} },
 		SVIDRenewals:      func() uint64 { return 4 },
 		Revisions:         func() map[string]string { return map[string]string{"rules": "1.42"} },
 		Dropped:           func() map[string]uint64 { return map[string]uint64{"stream": 5} },
@@ -213,6 +214,8 @@ func TestMetrics(t *testing.T) {
 		`sallyport_connection_duration_seconds_count{side="inbound"} 1`,
 		`sallyport_live_connections{side="inbound"} 3`,
 		`sallyport_svid_remaining_seconds 90`,
+		`sallyport_identity_outage_seconds{identity="self"} 3600`,
+		`sallyport_identity_outage_seconds{identity="app"} -1`,
 		`sallyport_revocation_list_info{version="1.9"} 1`,
 		`sallyport_revocation_list_entries 8`,
 		`sallyport_revocation_list_age_seconds 120`,

@@ -38,7 +38,8 @@ type BorrowConfig struct {
 	// ControlPlaneID is whom to expect at ControlPlane; zero: the control plane of
 	// the SVID's own trust domain.
 	ControlPlaneID spiffeid.ID
-	// StateDir keeps this instance's name. It is made if missing.
+	// StateDir keeps this instance's name, for SVIDs that bring none. It is made if
+	// missing.
 	StateDir string
 
 	Now func() time.Time // nil: time.Now
@@ -49,16 +50,17 @@ type BorrowConfig struct {
 // from a Workload API socket, of our agent or of another issuer's. It enrols with
 // nobody. Its methods are safe for concurrent use.
 type Borrowed struct {
-	cfg      BorrowConfig
-	log      hclog.Logger
-	instance string
-	live     identity.Live
-	ready    chan struct{} // closed with the first SVID
+	cfg   BorrowConfig
+	log   hclog.Logger
+	name  string // of this instance, if the SVID brings none
+	live  identity.Live
+	ready chan struct{} // closed with the first SVID
 
-	mu     sync.Mutex
-	id     spiffeid.ID // guarded by mu; of the first SVID, and all that follow
-	life   time.Duration
-	status Status // guarded by mu
+	mu       sync.Mutex
+	id       spiffeid.ID   // guarded by mu; of the first SVID, and all that follow
+	instance string        // guarded by mu; "" before the first SVID
+	life     time.Duration // guarded by mu; of the SVID
+	status   Status        // guarded by mu
 }
 
 // CheckWorkloadAPI says what is wrong with the address of a socket: it must be an
@@ -88,12 +90,12 @@ func Borrow(cfg BorrowConfig) (*Borrowed, error) {
 	if err := CheckWorkloadAPI(cfg.WorkloadAPI); err != nil {
 		return nil, err
 	}
-	instance, err := loadInstance(cfg.StateDir)
+	name, err := loadInstance(cfg.StateDir)
 	if err != nil {
 		return nil, err
 	}
 	return &Borrowed{
-		cfg: cfg, log: cfg.Log.Named("identity"), instance: instance, ready: make(chan struct{}),
+		cfg: cfg, log: cfg.Log.Named("identity"), name: name, ready: make(chan struct{}),
 		status: Status{Detail: "waiting for an SVID from " + cfg.WorkloadAPI, Since: cfg.Now()},
 	}, nil
 }
@@ -144,8 +146,14 @@ func (b *Borrowed) ID() spiffeid.ID {
 	return b.id
 }
 
-// Instance is a random name, kept over restarts.
-func (b *Borrowed) Instance() string { return b.instance }
+// Instance is the name in the SVID (its subject's serialNumber), which our own
+// control plane puts there and checks; of another issuer's SVID, a random name that
+// is kept over restarts. It is empty before the first SVID.
+func (b *Borrowed) Instance() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.instance
+}
 
 // Status reports the identity's health as of now. It is degraded while the socket
 // does not answer, and when three quarters of the SVID's life have passed: other
@@ -259,11 +267,14 @@ func (b *Borrowed) install(svid *x509svid.SVID) {
 	if !first && !b.status.NotAfter.Equal(leaf.NotAfter) {
 		b.status.Renewals++
 	}
+	if b.instance = leaf.Subject.SerialNumber; b.instance == "" {
+		b.instance = b.name
+	}
 	b.id, b.life = svid.ID, leaf.NotAfter.Sub(leaf.NotBefore)
 	b.status.NotAfter, b.status.Detail, b.status.Since = leaf.NotAfter, "", time.Time{}
 	b.mu.Unlock()
 	if first {
-		b.log.Info("identity received", "spiffe_id", svid.ID, "instance", b.instance, "from", b.cfg.WorkloadAPI, "not_after", leaf.NotAfter)
+		b.log.Info("identity received", "spiffe_id", svid.ID, "instance", b.Instance(), "from", b.cfg.WorkloadAPI, "not_after", leaf.NotAfter)
 		close(b.ready)
 	}
 }

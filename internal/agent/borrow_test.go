@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"crypto/x509"
 	"os"
 	"path/filepath"
 	"strings"
@@ -148,8 +149,29 @@ func TestBorrow(t *testing.T) {
 
 	again, err := Borrow(cfg)
 	require.NoError(t, err)
-	if again.Instance() != b.Instance() || len(b.Instance()) != 32 {
-		t.Errorf("instance %q, then %q", b.Instance(), again.Instance())
+	if again.name != b.name || len(b.name) != 2*instanceSize {
+		t.Errorf("instance %q, then %q", b.name, again.name)
+	}
+	if got := b.Instance(); got != "test" {
+		t.Errorf("instance %q, and the SVID says test", got)
+	}
+	if got := again.Instance(); got != "" {
+		t.Errorf("instance %q before the first SVID", got)
+	}
+}
+
+// Another issuer's SVID names no instance: the random name does, after restarts too.
+func TestBorrowedInstance(t *testing.T) {
+	cfg := BorrowConfig{ControlPlane: "a:1", WorkloadAPI: "unix:///s", StateDir: filepath.Join(t.TempDir(), "state")}
+	var names []string
+	for range 2 {
+		b, err := Borrow(cfg)
+		require.NoError(t, err)
+		b.install(&x509svid.SVID{ID: spiffeid.RequireFromPath(td, "/x"), Certificates: []*x509.Certificate{{}}})
+		names = append(names, b.Instance())
+	}
+	if names[0] != names[1] || len(names[0]) != 2*instanceSize {
+		t.Errorf("got %q", names)
 	}
 }
 

@@ -280,6 +280,13 @@ func TestIdentityTakenAway(t *testing.T) {
 	require.NoError(t, err)
 	s.cp.edge.set(codes.Unavailable)
 	s.cp.advance(time.Minute, "late", func() bool { i := s.wallet.Identities(); return len(i) == 1 && i[0].Late && i[0].Detail != "" })
+	// Said before anything expires, with how long is left.
+	if late := s.wallet.Late(s.cp.clock.Now()); len(late) != 1 || !strings.Contains(late[0], "/shop/root ends at") || !strings.Contains(late[0], "not for you") {
+		t.Errorf("late: %q", late)
+	}
+	if left, n := s.wallet.Outage(s.cp.clock.Now()); n != 1 || left <= 0 || left > 30*time.Minute {
+		t.Errorf("it would survive %v, of %d", left, n)
+	}
 	if got, err := s.client(0).FetchX509SVID(briefly(t)); err != nil || !bytes.HasPrefix(before.X509Svid, got.Certificates[0].Raw) {
 		t.Errorf("a valid SVID was given up: %v", err)
 	}
@@ -292,6 +299,9 @@ func TestIdentityTakenAway(t *testing.T) {
 	}
 	if _, err := s.client(0).FetchX509SVID(briefly(t)); status.Code(err) != codes.PermissionDenied {
 		t.Errorf("a newcomer: got %v", err)
+	}
+	if late := s.wallet.Late(s.cp.clock.Now()); len(late) != 0 {
+		t.Errorf("a process that no workload admits is trouble of this machine: %q", late)
 	}
 	if i := s.wallet.Identities(); len(i) != 1 || !i[0].Denied || !i[0].NotAfter.IsZero() {
 		t.Errorf("got %+v", i)
