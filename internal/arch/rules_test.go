@@ -11,7 +11,7 @@ type row struct {
 var rows = []row{
 	{0, []string{"pkg/identity", "internal/store", "internal/relay", "internal/tunnel", "internal/peercred", "internal/socket", "internal/configfile", "api/..."},
 		"names, bytes and storage: each stands alone, so each can be read and tested alone"},
-	{1, []string{"pkg/policy", "internal/issuer/attest", "internal/issuer/ca", "internal/audit", "internal/capture", "internal/revocation", "internal/agent/endpoint", "internal/agent/pemfile", "internal/store/etcd", "internal/store/storetest"},
+	{1, []string{"pkg/policy", "internal/issuer/attest", "internal/issuer/ca", "internal/audit", "internal/capture", "internal/federation", "internal/revocation", "internal/agent/endpoint", "internal/agent/pemfile", "internal/store/etcd", "internal/store/storetest"},
 		"single ideas on top of names and storage; none knows another"},
 	{2, []string{"internal/agent", "internal/issuer/registry", "internal/catalog", "internal/xds", "internal/flow"},
 		"the two planes begin here and do not know each other"},
