@@ -39,8 +39,8 @@ type document struct {
 // know are ignored, as are X.509 entries without certificate (Trust Domain and
 // Bundle 4.1.3, X509-SVID 6.2); a document that leaves none is valid and trusts
 // nothing. An entry of a known kind that is malformed makes the whole document
-// so: what is left of it would be somebody's guess. Not for bundles above
-// MaxDocument bytes or 256 keys.
+// so: what is left of it would be a guess. At most MaxDocument bytes and 256 keys
+// are read.
 func Parse(td spiffeid.TrustDomain, data []byte) (*spiffebundle.Bundle, error) {
 	b, err := parse(td, data)
 	if err != nil {

@@ -1,0 +1,171 @@
+package federation
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/sallyport-mesh/sallyport/internal/store"
+)
+
+const prefix = "federation/"
+
+func key(td spiffeid.TrustDomain) string { return prefix + td.Name() }
+
+// record is the newest bundle of a trust domain, as stored for restarts and for
+// other replicas.
+type record struct {
+	Origin  string          `json:"origin"` // of the Peer that it was fetched for
+	Fetched time.Time       `json:"fetched"`
+	Bundle  json.RawMessage `json:"bundle"` // as Marshal writes it
+}
+
+// kept is a record that has been read.
+type kept struct {
+	origin  string
+	fetched time.Time
+	bundle  *spiffebundle.Bundle
+}
+
+func readRecord(kv store.KV) (spiffeid.TrustDomain, kept, error) {
+	td, err := spiffeid.TrustDomainFromString(strings.TrimPrefix(kv.Key, prefix))
+	if err != nil {
+		return td, kept{}, fmt.Errorf("reading %s from the store: %w", kv.Key, err)
+	}
+	var r record
+	if err := json.Unmarshal(kv.Value, &r); err != nil {
+		return td, kept{}, fmt.Errorf("reading %s from the store: %w", kv.Key, err)
+	}
+	b, err := Parse(td, r.Bundle)
+	if err != nil {
+		return td, kept{}, fmt.Errorf("reading %s from the store: %w", kv.Key, err)
+	}
+	return td, kept{r.Origin, r.Fetched, b}, nil
+}
+
+// keep stores a fetched bundle unless what is held is as new. It fails, and
+// changes nothing, where b is older.
+func (m *Manager) keep(ctx context.Context, p Peer, b *spiffebundle.Bundle) error {
+	data, err := Marshal(b)
+	if err != nil {
+		return err
+	}
+	value, err := json.Marshal(record{Origin: p.origin(), Fetched: m.cfg.Now().UTC(), Bundle: data})
+	if err != nil {
+		return fmt.Errorf("keeping the bundle of %s: %w", p.TrustDomain, err)
+	}
+	for range 5 { // other replicas keep it too
+		kv, err := m.cfg.Store.Get(ctx, key(p.TrustDomain))
+		if err != nil && !errors.Is(err, store.ErrNotFound) {
+			return fmt.Errorf("keeping the bundle of %s: %w", p.TrustDomain, err)
+		}
+		held := p.Bootstrap
+		if err == nil {
+			if _, k, err := readRecord(kv); err == nil && k.origin == p.origin() {
+				held = k.bundle
+			}
+		}
+		if newer, err := supersedes(held, b); err != nil || !newer {
+			return err
+		}
+		_, err = m.cfg.Store.Txn(ctx, []store.Cmp{{Key: key(p.TrustDomain), Rev: kv.Rev}}, []store.Op{{Key: key(p.TrustDomain), Value: value}})
+		if !errors.Is(err, store.ErrConflict) {
+			if err != nil {
+				return fmt.Errorf("keeping the bundle of %s: %w", p.TrustDomain, err)
+			}
+			m.log.Info("foreign bundle changed", "trust_domain", p.TrustDomain.Name(), "x509_authorities", len(b.X509Authorities()))
+			return nil
+		}
+	}
+	return fmt.Errorf("keeping the bundle of %s: %w", p.TrustDomain, store.ErrConflict)
+}
+
+// supersedes reports whether b says something else than held. By their sequence
+// numbers, where both have one, an older document is refused, and so is a second
+// one of the same number: the number changes with every change of content (Trust
+// Domain and Bundle 4.1.1).
+func supersedes(held, b *spiffebundle.Bundle) (bool, error) {
+	if held == nil {
+		return true, nil
+	}
+	if held.Equal(b) {
+		return false, nil
+	}
+	have, ok1 := held.SequenceNumber()
+	got, ok2 := b.SequenceNumber()
+	switch {
+	case !ok1 || !ok2 || got > have:
+		return true, nil
+	case got < have:
+		return false, fmt.Errorf("the endpoint answers with sequence %d, and %d is held: it is behind", got, have)
+	case !sameKeys(held, b):
+		return false, fmt.Errorf("the endpoint changed its keys without a new spiffe_sequence (%d)", have)
+	}
+	return true, nil // another order, or refresh hint
+}
+
+func sameKeys(a, b *spiffebundle.Bundle) bool {
+	as, bs := a.X509Authorities(), b.X509Authorities()
+	if len(as) != len(bs) {
+		return false
+	}
+	for _, cert := range bs {
+		if !a.HasX509Authority(cert) {
+			return false
+		}
+	}
+	return a.JWTBundle().Equal(b.JWTBundle())
+}
+
+// watchStore keeps m.records as the store is.
+func (m *Manager) watchStore(ctx context.Context) error {
+	for {
+		kvs, rev, err := m.cfg.Store.List(ctx, prefix)
+		if err != nil {
+			return fmt.Errorf("listing foreign bundles: %w", err)
+		}
+		records := map[spiffeid.TrustDomain]kept{}
+		for _, kv := range kvs {
+			m.readInto(records, kv)
+		}
+		m.update(func() { m.records = records })
+		err = m.cfg.Store.Watch(ctx, prefix, rev, func(_ int64, events []store.Event) error {
+			m.update(func() {
+				for _, ev := range events {
+					if !ev.Deleted {
+						m.readInto(m.records, ev.KV)
+					} else if td, err := spiffeid.TrustDomainFromString(strings.TrimPrefix(ev.Key, prefix)); err == nil {
+						delete(m.records, td)
+					}
+				}
+			})
+			return nil
+		})
+		if !errors.Is(err, store.ErrCompacted) {
+			return err
+		}
+	}
+}
+
+// readInto leaves the last good state of what cannot be read.
+func (m *Manager) readInto(records map[spiffeid.TrustDomain]kept, kv store.KV) {
+	td, k, err := readRecord(kv)
+	if err != nil {
+		m.log.Error("ignoring a stored bundle", "error", err)
+		return
+	}
+	records[td] = k
+}
+
+// forget removes a bundle whose document is gone.
+func (m *Manager) forget(ctx context.Context, td spiffeid.TrustDomain) {
+	if _, err := m.cfg.Store.Txn(ctx, nil, []store.Op{{Key: key(td), Delete: true}}); err != nil && ctx.Err() == nil {
+		m.log.Warn("removing a foreign bundle from the store; nobody uses it", "trust_domain", td.Name(), "error", err)
+	}
+}
