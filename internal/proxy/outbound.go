@@ -150,14 +150,19 @@ func (o *Outbound) Drain(ctx context.Context) int {
 	return o.conns.endAll(errDrained)
 }
 
-// recheck cuts live connections whose peer is not verified by new bundles.
-func (o *Outbound) recheck(_ *View, changed xds.Kind) {
-	if changed != xds.Bundles {
+// recheck cuts live connections whose peer is not verified by new bundles, and
+// those to a foreign destination that is offered no more. In the own trust domain
+// the other end cuts, by the same rules; another's knows nothing of ours.
+func (o *Outbound) recheck(v *View, changed xds.Kind) {
+	if changed != xds.Bundles && changed != xds.Endpoints {
 		return
 	}
 	for _, c := range o.conns.all() {
-		if c.distrusted(o.cfg.Source) {
+		switch {
+		case changed == xds.Bundles && c.distrusted(o.cfg.Source):
 			c.cancel(&cutError{verdict{}.distrust(untrusted)})
+		case changed == xds.Endpoints && v.withdrawn(c.Request):
+			c.cancel(&cutError{v.notOffered()})
 		}
 	}
 }
@@ -221,8 +226,14 @@ func (o *Outbound) resolve(target string) (destination, error) {
 	if d.Dst, err = identity.ParseRef(self.ID.TrustDomain(), ref); err != nil {
 		return d, err
 	}
-	var ok bool
-	if d.service, ok = o.cfg.Views.Load().Service(d.Dst); !ok {
+	view := o.cfg.Views.Load()
+	service, ok := view.Service(d.Dst)
+	if !ok {
+		if service, ok = view.named(ref); ok {
+			d.Dst = service.ID
+		}
+	}
+	if d.service = service; !ok {
 		return d, fmt.Errorf("no workload %s; name it by its ID path or mesh name as in spec.id", d.Dst)
 	}
 	var names []string
@@ -269,6 +280,9 @@ func (o *Outbound) serve(ctx context.Context, local net.Conn, front capture.Fron
 	}
 	if why := c.proved(up.proof, judge{o.cfg.Views, o.cfg.Source, o.cfg.Book}); why != "" {
 		c.cancel(&cutError{verdict{}.distrust(why)}) // and the relay ends as it begins
+	}
+	if v := o.cfg.Views.Load(); v.withdrawn(d.Request) { // it was looked up before c was among those that recheck sees
+		c.cancel(&cutError{v.notOffered()})
 	}
 	if err := ask.Answer(nil); err != nil {
 		_, _ = up.stream.Close(), ask.Conn.Close() // both are given up

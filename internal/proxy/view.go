@@ -28,6 +28,7 @@ type View struct {
 	ports    map[uint16]policy.Port      // declared ports of the own workload
 	maxStale policy.MaxStale             // of the own workload
 	services map[spiffeid.ID]xds.Service // destinations
+	foreign  map[string]spiffeid.ID      // :: mesh name → foreign destination; no name that two bear
 	revs     map[xds.Kind]xds.Revision   // what has arrived
 	trust    uint64                      // grows with each update of the bundles
 }
@@ -88,6 +89,44 @@ func (v *View) Service(id spiffeid.ID) (xds.Service, bool) {
 	return s, ok
 }
 
+// withdrawn reports whether q goes to a foreign destination or port that this
+// view does not offer.
+func (v *View) withdrawn(q policy.Request) bool {
+	if q.Dst.IsZero() || q.Dst.TrustDomain() == q.Src.TrustDomain() {
+		return false
+	}
+	s, ok := v.services[q.Dst]
+	return !ok || !slices.ContainsFunc(s.Ports, func(p policy.Port) bool { return p.Number == q.Port })
+}
+
+// notOffered is the verdict on what is withdrawn.
+func (v *View) notOffered() verdict {
+	return verdict{status: http.StatusForbidden, why: "the destination is not offered any more", revision: v.revs[xds.Endpoints].String()}
+}
+
+// named finds a foreign destination by its mesh name, with or without ".mesh".
+func (v *View) named(name string) (xds.Service, bool) {
+	id, ok := v.foreign[strings.TrimSuffix(name, ".mesh")+".mesh"]
+	if !ok {
+		return xds.Service{}, false
+	}
+	return v.Service(id)
+}
+
+func foreignNames(services map[spiffeid.ID]xds.Service) map[string]spiffeid.ID {
+	out := make(map[string]spiffeid.ID)
+	for id, s := range services {
+		if s.MeshName == "" {
+			continue
+		}
+		if _, twice := out[s.MeshName]; twice {
+			id = spiffeid.ID{} // nobody's
+		}
+		out[s.MeshName] = id
+	}
+	return out
+}
+
 // Views holds the newest View. The zero Views is ready and holds the zero View.
 type Views struct {
 	current atomic.Pointer[View]
@@ -132,7 +171,7 @@ func (s *Views) Apply(u xds.Update) {
 			next.ports[p.Number] = p
 		}
 	case xds.Endpoints:
-		next.services = u.Services
+		next.services, next.foreign = u.Services, foreignNames(u.Services)
 	case xds.Bundles:
 		next.trust++
 	}

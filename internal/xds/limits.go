@@ -15,6 +15,7 @@ import (
 // [ServerConfig].
 const (
 	maxInstance = 64       // bytes of node.id
+	maxMeshName = 253      // bytes of Service.MeshName
 	maxName     = 2048 + 8 // bytes of a resource name: a SPIFFE ID, with room
 	maxRequest  = 2 << 20  // bytes of one request
 	maxMessage  = 64 << 20 // bytes of one response that a client takes

@@ -169,7 +169,10 @@ func parseCluster(c *clusterv3.Cluster) (Service, error) {
 	if !proto.Equal(tls, upstreamTLS(id)) {
 		return Service{}, fmt.Errorf("the transport socket does not demand exactly %s", id)
 	}
-	s := Service{ID: id}
+	s := Service{ID: id, MeshName: ownFields(c.GetMetadata())["meshName"].GetStringValue()}
+	if len(s.MeshName) > maxMeshName {
+		return Service{}, fmt.Errorf("a mesh name of %d bytes", len(s.MeshName))
+	}
 	for _, v := range ownFields(c.GetMetadata())["ports"].GetListValue().GetValues() {
 		f := v.GetStructValue().GetFields()
 		number, err := portNumber(f["number"])

@@ -1,6 +1,7 @@
 package xds
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -84,7 +85,7 @@ func prepare(snap *Snapshot, old *prepared, log hclog.Logger) *prepared {
 // formOfService returns last where nothing changed, and beside an error.
 func formOfService(id spiffeid.ID, s Service, last *serviceForm) (*serviceForm, error) {
 	s.ID = id
-	if last != nil && slices.Equal(last.of.Ports, s.Ports) && slices.EqualFunc(last.of.Endpoints, s.Endpoints, sameEndpoint) {
+	if last != nil && last.of.MeshName == s.MeshName && slices.Equal(last.of.Ports, s.Ports) && slices.EqualFunc(last.of.Endpoints, s.Endpoints, sameEndpoint) {
 		return last, nil
 	}
 	cluster, err := clusterResource(s)
@@ -126,9 +127,11 @@ type nodeSlice struct {
 	ports []policy.Port // what it was made for, as is known
 	once  sync.Once
 
-	err       error // set by fill, as are the fields below
+	err       error                // set by fill, as are the fields below
+	domain    spiffeid.TrustDomain // the node's
 	resources map[string][]*Resource
-	reach     []string // SPIFFE IDs that the node may reach, ascending
+	reach     []string                // SPIFFE IDs that the node may reach, ascending
+	foreign   map[string]*serviceForm // :: SPIFFE ID → what is offered of a foreign destination
 }
 
 // slice returns what id may know of the rules. Its error means that the node's
@@ -151,15 +154,17 @@ func (p *prepared) slice(id spiffeid.ID) *nodeSlice {
 			n = v.(*nodeSlice)
 		}
 		if same(n) {
-			n.once.Do(func() { n.fill(id, p.slices.rules) })
+			n.once.Do(func() { n.fill(id, p.slices.rules, p.snap.Services) })
 			return n
 		}
 	}
 }
 
 // fill leaves the slice of an ID that is no workload without rules, whatever
-// patterns match it: the node lets nothing in and reaches nothing.
-func (n *nodeSlice) fill(id spiffeid.ID, rules *policy.Ruleset) {
+// patterns match it: the node lets nothing in and reaches nothing. Of services it
+// reads the foreign ones, which change with the rules only.
+func (n *nodeSlice) fill(id spiffeid.ID, rules *policy.Ruleset, services map[spiffeid.ID]Service) {
+	n.domain = id.TrustDomain()
 	var mine *policy.Ruleset
 	own := door{ports: n.ports}
 	if rules != nil && n.known {
@@ -168,8 +173,14 @@ func (n *nodeSlice) fill(id spiffeid.ID, rules *policy.Ruleset) {
 		own.maxStale = w.MaxStale
 		for _, r := range rules.Reach(id) {
 			n.reach = append(n.reach, r.String())
+			if r.TrustDomain() != n.domain {
+				n.err = errors.Join(n.err, n.offer(id, rules, services[r]))
+			}
 		}
 		slices.Sort(n.reach)
+	}
+	if n.err != nil {
+		return
 	}
 	if n.resources, n.err = ownResources(id, own, mine); n.err != nil {
 		return
@@ -181,4 +192,36 @@ func (n *nodeSlice) fill(id spiffeid.ID, rules *policy.Ruleset) {
 			}
 		}
 	}
+}
+
+// offer makes the form of a foreign destination with the ports that the rules
+// allow id to call. In the own trust domain a node may know every port, and the
+// other end refuses; a foreign one does not have our rules.
+func (n *nodeSlice) offer(id spiffeid.ID, rules *policy.Ruleset, s Service) error {
+	refused := func(port uint16) bool {
+		return rules.Decide(policy.Request{Src: id, Dst: s.ID, Port: port}).Effect != policy.Allow
+	}
+	s.Ports = slices.DeleteFunc(slices.Clone(s.Ports), func(p policy.Port) bool { return refused(p.Number) })
+	s.Endpoints = slices.Clone(s.Endpoints)
+	for i, e := range s.Endpoints {
+		s.Endpoints[i].Ports = slices.DeleteFunc(slices.Clone(e.Ports), refused)
+	}
+	form, err := formOfService(s.ID, s, nil)
+	if err != nil {
+		return err
+	}
+	if n.foreign == nil {
+		n.foreign = make(map[string]*serviceForm)
+	}
+	n.foreign[s.ID.String()] = form
+	return nil
+}
+
+// service returns what v's node may be told of a destination; nil if there is none.
+func (v nodeView) service(name string) *serviceForm {
+	s := v.p.services[name]
+	if s == nil || s.of.ID.TrustDomain() == v.slice.domain {
+		return s
+	}
+	return v.slice.foreign[name]
 }

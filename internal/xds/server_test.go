@@ -468,3 +468,21 @@ func BenchmarkSnapshot(b *testing.B) {
 		last = prepare(snap, last, nil)
 	}
 }
+
+// F8: a foreign destination that the rules do not let the node reach is told to
+// nobody, by whatever name it is asked for.
+func TestF8ForeignDestination(t *testing.T) {
+	h := serve(t, ServerConfig{}, nil)
+	snap := shopMesh(t).snapshot()
+	foreign := spiffeid.RequireFromString("spiffe://partner.example/payments")
+	snap.Services[foreign] = Service{ID: foreign, Ports: service("/payments").Ports, MeshName: "payments.partner.mesh"}
+	h.SetSnapshot(snap)
+	r := h.raw(t, id("/front"))
+	for _, typeURL := range []string{ClusterType, EndpointType} {
+		r.send(&request{Node: node("i"), TypeUrl: typeURL, ResourceNamesSubscribe: []string{"*", foreign.String()}})
+		resp := r.recv()
+		require.Equal(t, []string{id("/orders").String()}, names(resp))
+		require.Equal(t, []string{foreign.String()}, resp.RemovedResources)
+		r.send(&request{TypeUrl: typeURL, ResponseNonce: resp.Nonce})
+	}
+}

@@ -60,11 +60,11 @@ func (v nodeView) find(typeURL, name string) *Resource {
 	}
 	switch typeURL {
 	case ClusterType:
-		if s := v.p.services[name]; s != nil {
+		if s := v.service(name); s != nil {
 			return s.cluster
 		}
 	case EndpointType:
-		if s := v.p.services[name]; s != nil {
+		if s := v.service(name); s != nil {
 			return s.assign
 		}
 	case SecretType:

@@ -152,10 +152,17 @@ func clusterResource(s Service) (*Resource, error) {
 	if err := checkPorts(s.Ports); err != nil {
 		return nil, fmt.Errorf("encoding cluster %s: %w", s.ID, err)
 	}
+	if len(s.MeshName) > maxMeshName {
+		return nil, fmt.Errorf("encoding cluster %s: its mesh name has %d bytes", s.ID, len(s.MeshName))
+	}
 	name := s.ID.String()
 	tls, err := packAny(upstreamTLSType, upstreamTLS(s.ID))
 	if err != nil {
 		return nil, fmt.Errorf("encoding cluster %s: %w", s.ID, err)
+	}
+	md := ownMetadata("ports", portValues(s.Ports))
+	if s.MeshName != "" {
+		md.FilterMetadata[metadataKey].Fields["meshName"] = structpb.NewStringValue(s.MeshName)
 	}
 	return encode(ClusterType, name, &clusterv3.Cluster{
 		Name:                 name,
@@ -165,7 +172,7 @@ func clusterResource(s Service) (*Resource, error) {
 			Name:       "envoy.transport_sockets.tls",
 			ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: tls},
 		},
-		Metadata: ownMetadata("ports", portValues(s.Ports)),
+		Metadata: md,
 	})
 }
 

@@ -164,6 +164,7 @@ func TestParseTranslateKeepsView(t *testing.T) {
 		MaxStale: policy.MaxStale{After: 90 * time.Minute, Refuse: true},
 		Ports:    []policy.Port{{Name: "http", Number: 8080, Protocol: policy.HTTP}, {Name: "admin", Number: 1, Protocol: policy.TCP}},
 		Services: []Service{
+			{ID: spiffeid.RequireFromPath(other, "/shop/c"), MeshName: "c.shop.other.mesh"},
 			{ID: id("/a"), Ports: []policy.Port{{Name: "g", Number: 65535, Protocol: policy.GRPC}}, Endpoints: []Endpoint{
 				{Instance: "i1", Addr: netip.MustParseAddrPort("10.0.0.1:15008"), Ports: []uint16{65535}},
 				{Instance: "i2", Addr: netip.MustParseAddrPort("[2001:db8::1]:15008")},
@@ -191,6 +192,18 @@ func TestParseTranslateKeepsView(t *testing.T) {
 			}
 		}
 	}
+}
+
+func TestMeshNameIsBounded(t *testing.T) {
+	s := Service{ID: id("/a"), MeshName: strings.Repeat("a", maxMeshName)}
+	c, err := clusterResource(s)
+	require.NoError(t, err)
+	got, err := parseResource(id("/x"), ClusterType, c)
+	require.NoError(t, err)
+	require.Equal(t, s.MeshName, got.(Service).MeshName)
+	s.MeshName += "a"
+	_, err = clusterResource(s)
+	require.ErrorContains(t, err, "254 bytes")
 }
 
 func TestTranslateRefuses(t *testing.T) {

@@ -57,6 +57,7 @@ type Service struct {
 	ID        spiffeid.ID
 	Ports     []policy.Port
 	Endpoints []Endpoint // ordered by Instance
+	MeshName  string     // of a foreign one: its name with the alias that its TrustDomain has here; "" if it has none
 }
 
 // View is everything one sidecar needs, and nothing else.
@@ -78,7 +79,7 @@ type View struct {
 type Snapshot struct {
 	Rev      Revision
 	Rules    *policy.Ruleset
-	Services map[spiffeid.ID]Service // every workload, with or without endpoints
+	Services map[spiffeid.ID]Service // every workload, with or without endpoints, and every foreign destination
 	Bundles  identity.Bundles
 	// Revocations is as in View. A newer list may come with the same Rev.
 	Revocations []byte

@@ -46,6 +46,18 @@ func MeshName(id spiffeid.ID) (string, bool) {
 	return strings.Join(segments, ".") + meshSuffix, true
 }
 
+// ForeignMeshName is [MeshName] for an ID of another trust domain, whose alias
+// stands before ".mesh": with the alias partner, /shop/payments is
+// payments.shop.partner.mesh. It is false where MeshName would be, and for an
+// alias that is not a lower-case DNS label.
+func ForeignMeshName(id spiffeid.ID, alias string) (string, bool) {
+	name, ok := MeshName(id)
+	if !ok || !isLabel(alias) || len(name)+1+len(alias) > maxName {
+		return "", false
+	}
+	return strings.TrimSuffix(name, meshSuffix) + "." + alias + meshSuffix, true
+}
+
 // ParseRef reads the ways in which a user may name a workload of trust domain
 // td: "spiffe://shop.example/shop/payments" (any trust domain),
 // "/shop/payments", "payments.shop.mesh", "payments.shop" and "payments", which

@@ -109,3 +109,21 @@ func FuzzParseRef(f *testing.F) {
 		}
 	})
 }
+
+func TestForeignMeshName(t *testing.T) {
+	for _, tt := range []struct{ id, alias, want string }{
+		{"spiffe://partner.example/shop/payments", "partner", "payments.shop.partner.mesh"},
+		{"spiffe://partner.example/payments", "p-1", "payments.p-1.mesh"},
+		{"spiffe://partner.example/shop/payments", "", ""},
+		{"spiffe://partner.example/shop/payments", "Partner", ""},
+		{"spiffe://partner.example/shop/payments", "a.b", ""},
+		{"spiffe://partner.example/shop/Payments", "partner", ""},
+		{"spiffe://partner.example", "partner", ""},
+		{"spiffe://partner.example/" + strings.Repeat("a/", 123) + "a", "partner", ""}, // 252 bytes without the alias
+	} {
+		got, ok := ForeignMeshName(spiffeid.RequireFromString(tt.id), tt.alias)
+		if got != tt.want || ok != (tt.want != "") {
+			t.Errorf("%s as %s: got %q, %v; want %q", tt.id, tt.alias, got, ok, tt.want)
+		}
+	}
+}
