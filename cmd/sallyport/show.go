@@ -96,6 +96,7 @@ func printStatus(w io.Writer, s *sallyportv1.StatusResponse) {
 			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", name, i.GetInstance(), orDash(i.GetEndpoint()), local(i.GetSvidExpires()), orDash(i.GetAcked()), state)
 		}
 	}
+	printFederated(w, s.GetFederated())
 	fmt.Fprintln(w)
 	if len(s.GetProblems()) == 0 {
 		fmt.Fprintln(w, "The mesh is well.")

@@ -12,11 +12,13 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/audit"
 	"github.com/sallyport-mesh/sallyport/internal/catalog"
+	"github.com/sallyport-mesh/sallyport/internal/federation"
 	"github.com/sallyport-mesh/sallyport/internal/flow"
 	"github.com/sallyport-mesh/sallyport/internal/insight"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/registry"
@@ -38,6 +40,8 @@ type adminServer struct {
 	reconciler  *reconciler
 	status      *statusReporter
 	verifiers   verifiers
+	federation  *federation.Manager
+	bundle      func() *spiffebundle.Bundle // the own trust domain's
 }
 
 // CreateToken implements the RPC.

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -38,6 +39,8 @@ func orphanMethod(full string) bool {
 
 // authenticator decides who may call what on the network port.
 type authenticator struct {
+	trustDomain spiffeid.TrustDomain
+
 	member func(identity.Peer) error // nil: its workload exists
 	now    func() time.Time
 
@@ -68,6 +71,9 @@ func (a *authenticator) authenticate(ctx context.Context, method string) (contex
 	}
 	if a.now().After(caller.Leaf.NotAfter) { // the connection may be older than that
 		return nil, errExpired()
+	}
+	if td := caller.ID.TrustDomain(); td != a.trustDomain { // federation is for workloads
+		return nil, status.Errorf(codes.PermissionDenied, "%s is of another trust domain than %s", caller.ID, a.trustDomain.Name())
 	}
 	if identity.Reserved(caller.ID) {
 		return nil, status.Errorf(codes.PermissionDenied, "%s is not a workload", caller.ID)

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -37,13 +38,20 @@ type Config struct {
 	Announce  Announce `yaml:"announce"`
 	Attest    Attest   `yaml:"attest"`
 	CA        CA       `yaml:"ca"`
-	Log       Log      `yaml:"log"`
+	Web       Web      `yaml:"web"`
+	// JWTIssuer is the https URL under which relying parties of OIDC reach
+	// listen.web, and the "iss" of JWT-SVIDs. Empty: no OIDC discovery.
+	JWTIssuer  string     `yaml:"jwtIssuer"`
+	Federation Federation `yaml:"federation"`
+	Log        Log        `yaml:"log"`
 }
 
 // Listen holds addresses, host:port. Port 0 picks a free one.
 type Listen struct {
 	GRPC    string `yaml:"grpc"`    // enrolment, ADS, announce, access log. Default 0.0.0.0:8443
 	Metrics string `yaml:"metrics"` // health and metrics, plain HTTP. Default 127.0.0.1:9901
+	Bundle  string `yaml:"bundle"`  // our bundle for foreign trust domains, https_spiffe, usually 0.0.0.0:8444. Default: closed
+	Web     string `yaml:"web"`     // the same by https_web, and OIDC discovery, usually 0.0.0.0:8445. Default: closed
 }
 
 // Etcd names an external cluster. No Endpoints: etcd runs inside this process.
@@ -90,7 +98,7 @@ func LoadConfig(path string) (Config, error) {
 	}
 	dir := filepath.Dir(path)
 	files := []*string{&c.DataDir, &c.AdminSocket, &c.PolicyDir, &c.Etcd.CAFile, &c.Etcd.CertFile, &c.Etcd.KeyFile}
-	for _, p := range append(files, c.Attest.files()...) {
+	for _, p := range slices.Concat(files, c.Attest.files(), c.trustFiles()) {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(dir, *p)
 		}
@@ -184,7 +192,7 @@ func (c Config) Validate() error {
 	if c.CA.RootTTL < 6*c.CA.IntermediateTTL {
 		errs = append(errs, fmt.Errorf("ca.rootTTL %v: at least six times ca.intermediateTTL (%v)", c.CA.RootTTL, c.CA.IntermediateTTL))
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, c.validateTrust())...)
 }
 
 // maxSocketPath is sun_path without its final NUL (unix(7)).

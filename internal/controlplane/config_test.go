@@ -71,6 +71,11 @@ func TestValidateNamesTheKey(t *testing.T) {
 		},
 		"attest.x509pop[0].name":   func(c *controlplane.Config) { c.Attest.X509Pop = []attest.X509PopConfig{{Name: "A", CAFile: "x"}} },
 		"attest.x509pop[0].caFile": func(c *controlplane.Config) { c.Attest.X509Pop = []attest.X509PopConfig{{Name: "a"}} },
+		"listen.bundle":            func(c *controlplane.Config) { c.Listen.Bundle = "8444" },
+		"listen.web":               func(c *controlplane.Config) { c.Listen.Web = "8445" },
+		"web.keyFile":              func(c *controlplane.Config) { c.Listen.Web, c.Web.CertFile = "127.0.0.1:0", "x" },
+		"without listen.web":       func(c *controlplane.Config) { c.Web.CertFile, c.Web.KeyFile = "x", "y" },
+		"jwtIssuer":                func(c *controlplane.Config) { c.JWTIssuer = "http://a.example" },
 		"log.level":                func(c *controlplane.Config) { c.Log.Level = "chatty" },
 		"log.format":               func(c *controlplane.Config) { c.Log.Format = "xml" },
 	} {

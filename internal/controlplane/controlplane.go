@@ -31,6 +31,7 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/admin"
 	"github.com/sallyport-mesh/sallyport/internal/audit"
 	"github.com/sallyport-mesh/sallyport/internal/catalog"
+	"github.com/sallyport-mesh/sallyport/internal/federation"
 	"github.com/sallyport-mesh/sallyport/internal/insight"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/ca"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/registry"
@@ -48,6 +49,9 @@ type Options struct {
 	Version string
 	// Store replaces the one that the configuration names; it is closed by Run.
 	Store store.Store
+	// BundleRefresh is the time between two fetches of a foreign bundle, for tests;
+	// zero: what the bundle says, within 1 min and 1 h.
+	BundleRefresh time.Duration
 }
 
 // ControlPlane is one replica. New opens everything that can be refused, so
@@ -68,6 +72,8 @@ type ControlPlane struct {
 	announcer  *announcer
 	auth       *authenticator
 	reconciler *reconciler
+	federation *federation.Manager
+	trust      trustServers
 	health     *admin.Health
 	metrics    *prometheus.Registry
 	passed     atomic.Bool // readiness was reached once
@@ -99,6 +105,9 @@ func New(ctx context.Context, cfg Config, opts Options) (_ *ControlPlane, err er
 		return nil, err
 	}
 	c.build()
+	if err := c.openFederation(); err != nil {
+		return nil, err
+	}
 	return c, nil
 }
 
@@ -119,7 +128,7 @@ func (c *ControlPlane) listen(ctx context.Context) (err error) {
 	if c.adminListener, err = admin.ListenUnix(ctx, c.cfg.AdminSocket); err != nil {
 		return fmt.Errorf("adminSocket: %w", err)
 	}
-	return nil
+	return c.listenTrust(ctx)
 }
 
 func (c *ControlPlane) openStore(ctx context.Context) (store.Store, error) {
@@ -146,7 +155,8 @@ func (c *ControlPlane) openIssuer(ctx context.Context) (err error) {
 	c.ca, err = ca.Open(ctx, ca.Config{
 		TrustDomain: td, KeyDir: filepath.Join(c.cfg.DataDir, "keys"), Store: c.store,
 		RootTTL: c.cfg.CA.RootTTL, IntermediateTTL: c.cfg.CA.IntermediateTTL, SVIDTTL: c.cfg.CA.SVIDTTL,
-		Now: c.opts.Now, Log: c.log,
+		JWTIssuer: c.cfg.JWTIssuer,
+		Now:       c.opts.Now, Log: c.log,
 	})
 	return err
 }
@@ -165,7 +175,7 @@ func (c *ControlPlane) build() {
 		Log: c.log.Named("xds"), Now: now,
 		InstanceOf: func(p identity.Peer) string { return ca.Instance(p.Leaf) },
 	})
-	c.auth = &authenticator{member: c.member, now: now}
+	c.auth = &authenticator{trustDomain: td, member: c.member, now: now}
 	c.reconciler = newReconciler(td, c.publish, c.registry.SetWorkloads, c.log.Named("reconcile"))
 	c.endpoints = &endpoints{store: c.store, log: c.log.Named("endpoints"), renew: leaseRenew}
 	c.announcer = &announcer{
@@ -230,10 +240,11 @@ func (c *ControlPlane) adminServer() *grpc.Server {
 	s := grpc.NewServer(grpc.Creds(localCredentials{}), grpc.MaxRecvMsgSize(maxAdminMessage), grpc.MaxSendMsgSize(maxAdminMessage))
 	sallyportv1.RegisterAdminServer(s, &adminServer{
 		trustDomain: c.ca.TrustDomain(), catalog: c.catalog, audit: c.audit, registry: c.registry,
-		xds: c.xds, flows: c.flows, reconciler: c.reconciler, verifiers: c.verifiers,
+		xds: c.xds, flows: c.flows, reconciler: c.reconciler, verifiers: c.verifiers, federation: c.federation, bundle: c.ca.Bundle,
 		status: &statusReporter{
 			version: c.opts.Version, source: source, started: c.opts.Now(), problem: c.catalog.Problem,
 			authorities: c.authorities, registry: c.registry, xds: c.xds, reconciler: c.reconciler,
+			federation: c.federation,
 		},
 	})
 	return s
@@ -241,7 +252,7 @@ func (c *ControlPlane) adminServer() *grpc.Server {
 
 func (c *ControlPlane) close() error {
 	var errs []error
-	for _, l := range []net.Listener{c.grpcListener, c.metricsListener, c.adminListener} {
+	for _, l := range []net.Listener{c.grpcListener, c.metricsListener, c.adminListener, c.trust.bundle, c.trust.web} {
 		if l != nil {
 			if err := l.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
 				errs = append(errs, err)

@@ -21,6 +21,7 @@ type inputs struct {
 	catalog   catalog.State
 	endpoints table
 	bundle    *spiffebundle.Bundle // of the own trust domain
+	foreign   identity.Bundles     // of others; nil: not known yet
 	have      struct{ catalog, endpoints, bundle bool }
 }
 
@@ -66,6 +67,10 @@ func (r *reconciler) setBundle(b *spiffebundle.Bundle) {
 	r.update(func(in *inputs) { in.bundle, in.have.bundle = b, true })
 }
 
+func (r *reconciler) setForeign(b identity.Bundles) {
+	r.update(func(in *inputs) { in.foreign = b })
+}
+
 // current is the state in force; nil before the first snapshot.
 func (r *reconciler) current() *catalog.State { return r.state.Load() }
 
@@ -88,7 +93,7 @@ func (r *reconciler) run(ctx context.Context) error {
 		r.mu.Lock()
 		in := r.in
 		r.mu.Unlock()
-		if !in.have.catalog || !in.have.endpoints || !in.have.bundle {
+		if !in.have.catalog || !in.have.endpoints || !in.have.bundle || in.foreign == nil {
 			continue
 		}
 		if old := r.state.Load(); old == nil || old.Rules != in.catalog.Rules {
@@ -105,12 +110,14 @@ func (r *reconciler) snapshot(in inputs) *xds.Snapshot {
 	for _, w := range workloads {
 		services[w.ID] = xds.Service{ID: w.ID, Ports: w.Ports, Endpoints: serving(in.endpoints[w.ID], w.Ports)}
 	}
-	return &xds.Snapshot{
+	s := &xds.Snapshot{
 		Rev:      xds.Revision(in.catalog.Rev),
 		Rules:    in.catalog.Rules,
 		Services: services,
 		Bundles:  identity.Bundles{r.trustDomain: in.bundle},
 	}
+	addForeign(s, in.foreign)
+	return s
 }
 
 // serving keeps of each endpoint the ports that are still declared.

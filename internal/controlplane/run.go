@@ -23,6 +23,8 @@ import (
 const (
 	componentPolicy = "policy"
 	componentXDS    = "xds"
+
+	componentFederation = "federation"
 )
 
 const (
@@ -86,6 +88,7 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 	if c.cfg.PolicyDir != "" {
 		parts["policy folder"] = func(ctx context.Context) error { return c.catalog.WatchDir(ctx, c.cfg.PolicyDir) }
 	}
+	c.addTrustParts(parts)
 	for name, run := range parts {
 		g.Go(func() error {
 			if err := run(ctx); err != nil && !errors.Is(err, context.Canceled) {
@@ -129,6 +132,7 @@ func (c *ControlPlane) watchCatalog(ctx context.Context) error {
 	return c.catalog.Watch(ctx, func(s catalog.State) error {
 		c.log.Info("revision in force", "revision", s.Rev.String(), "workloads", len(s.Rules.Workloads()))
 		c.health.Set(componentPolicy, admin.OK, "")
+		c.setPeers(s)
 		c.reconciler.setCatalog(s)
 		return nil
 	})

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
+	"github.com/sallyport-mesh/sallyport/internal/federation"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/registry"
 	"github.com/sallyport-mesh/sallyport/internal/xds"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
@@ -27,6 +28,7 @@ type statusReporter struct {
 	registry    *registry.Registry
 	xds         *xds.Server
 	reconciler  *reconciler
+	federation  *federation.Manager
 }
 
 func (s *statusReporter) report(ctx context.Context) (*sallyportv1.StatusResponse, error) {
@@ -48,6 +50,9 @@ func (s *statusReporter) report(ctx context.Context) (*sallyportv1.StatusRespons
 	if state.Rev.N == 0 {
 		resp.Problems = append(resp.Problems, "no policy was ever applied, so nobody can enrol: sallyport apply DIR")
 	}
+	var troubles []string
+	resp.Federated, troubles = federated(s.federation)
+	resp.Problems = append(resp.Problems, troubles...)
 	nodes := map[node]xds.NodeStatus{}
 	for _, n := range s.xds.Nodes() {
 		nodes[node{n.ID, n.Instance}] = n

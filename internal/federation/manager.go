@@ -22,7 +22,8 @@ import (
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
-// Config sets up a [Manager]. All but WebRoots and MinRefresh are required.
+// Config sets up a [Manager]. All but WebRoots, MinRefresh and MaxRefresh are
+// required.
 type Config struct {
 	Own       spiffeid.TrustDomain
 	OwnBundle func() *spiffebundle.Bundle // for endpoints with an ID of the own trust domain
@@ -33,6 +34,7 @@ type Config struct {
 	Publish    func(identity.Bundles)
 	WebRoots   *x509.CertPool // for https_web; nil: the system's
 	MinRefresh time.Duration  // least time between two fetches of one bundle; zero: 1 min
+	MaxRefresh time.Duration  // most; zero: 1 h
 	Now        func() time.Time
 	Log        hclog.Logger
 }
@@ -72,6 +74,9 @@ type attempt struct {
 func NewManager(cfg Config) *Manager {
 	if cfg.MinRefresh == 0 {
 		cfg.MinRefresh = minRefresh
+	}
+	if cfg.MaxRefresh == 0 {
+		cfg.MaxRefresh = maxRefresh
 	}
 	m := &Manager{cfg: cfg, log: cfg.Log, dirty: make(chan struct{}, 1), fetches: map[spiffeid.TrustDomain]attempt{}}
 	m.fetch = &fetcher{trust: trust{m}, webRoots: cfg.WebRoots, now: cfg.Now}
@@ -246,10 +251,10 @@ func (m *Manager) interval(p Peer, b *spiffebundle.Bundle) time.Duration {
 	}
 	if b != nil {
 		if hint, ok := b.RefreshHint(); ok {
-			return min(max(hint, m.cfg.MinRefresh), maxRefresh)
+			return min(max(hint, m.cfg.MinRefresh), m.cfg.MaxRefresh)
 		}
 	}
-	return max(defaultRefresh, m.cfg.MinRefresh)
+	return min(max(defaultRefresh, m.cfg.MinRefresh), m.cfg.MaxRefresh)
 }
 
 func (m *Manager) note(p Peer, err error) {

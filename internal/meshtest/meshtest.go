@@ -30,6 +30,9 @@ type Config struct {
 	Files map[string]string
 	// Change adjusts the control plane's configuration.
 	Change func(*controlplane.Config)
+	// Bundles is the time between two fetches of a foreign bundle; zero: the
+	// control plane's default.
+	Bundles time.Duration
 }
 
 // Mesh is a running control plane. It ends with the test.
@@ -41,6 +44,8 @@ type Mesh struct {
 	// Socket is the operator's API, and Admin its client.
 	Socket string
 	Admin  sallyportv1.AdminClient
+	Bundle string // listen.bundle; "" where not configured
+	Web    string // listen.web; "" where not configured
 }
 
 // New starts a control plane of trust domain test.example.
@@ -59,11 +64,12 @@ func New(t testing.TB, c Config) *Mesh {
 	cfg = cfg.WithDefaults()
 	require.NoError(t, cfg.Validate())
 	cp, err := controlplane.New(t.Context(), cfg, controlplane.Options{
-		Log: Log(t), Now: time.Now, Version: "test", Store: store.NewMemory(),
+		Log: Log(t), Now: time.Now, Version: "test", Store: store.NewMemory(), BundleRefresh: c.Bundles,
 	})
 	require.NoError(t, err)
 	m := &Mesh{t: t, dir: dir}
 	m.GRPC, m.HTTP, m.Socket = cp.Addrs()
+	m.Bundle, m.Web = cp.TrustAddrs()
 	Go(t, "control plane", cp.Run)
 	conn, err := grpc.NewClient("unix:"+m.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	require.NoError(t, err)

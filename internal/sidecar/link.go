@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"time"
 
@@ -141,6 +142,7 @@ func sleep(ctx context.Context, d time.Duration) {
 func (s *Sidecar) newClient() (*xds.Client, error) {
 	self := s.agent.ID()
 	var wanted []spiffeid.ID
+	aliases := false
 	for i, o := range s.cfg.Outbound {
 		ref, _, err := proxy.SplitTarget(o.To)
 		if err != nil {
@@ -151,10 +153,18 @@ func (s *Sidecar) newClient() (*xds.Client, error) {
 			return nil, fmt.Errorf("outbound[%d].to: %w", i, err)
 		}
 		wanted = append(wanted, id)
+		aliases = aliases || mayHoldAlias(ref)
 	}
 	return xds.NewClient(xds.ClientConfig{
-		Node: self, Instance: s.agent.Instance(), Subscribe: wanted, Log: s.log.Named("xds"),
+		Node: self, Instance: s.agent.Instance(), Subscribe: wanted, Reachable: aliases, Log: s.log.Named("xds"),
 	}), nil
+}
+
+// mayHoldAlias reports whether ref may be the name of a foreign destination, with
+// its trust domain's alias as the last label. Whose alias that is, only the
+// destinations themselves say.
+func mayHoldAlias(ref string) bool {
+	return !strings.Contains(ref, "/") && strings.Contains(strings.TrimSuffix(ref, ".mesh"), ".")
 }
 
 // connect opens a connection and announces on it.

@@ -26,6 +26,8 @@ type ClientConfig struct {
 	// Subscribe names the destinations wanted. Empty: those that policy lets
 	// the node reach.
 	Subscribe []spiffeid.ID
+	// Reachable asks for those, too, besides what Subscribe names.
+	Reachable bool
 	Log       hclog.Logger // required
 }
 
@@ -132,6 +134,9 @@ func (c *Client) request(typeURL string, first bool) *discoveryv3.DeltaDiscovery
 	}
 	if kindOf(typeURL) == Endpoints && len(c.wanted) > 0 {
 		r.ResourceNamesSubscribe = sortedKeys(c.wanted)
+		if c.cfg.Reachable {
+			r.ResourceNamesSubscribe = append(r.ResourceNamesSubscribe, wildcard)
+		}
 	}
 	return r
 }
@@ -194,7 +199,7 @@ func (c *Client) merge(old *heldType, resp *discoveryv3.DeltaDiscoveryResponse) 
 // asked lets every listener, rules resource, secret and list through: parseResource
 // accepts nobody else's.
 func (c *Client) asked(typeURL, name string) bool {
-	return kindOf(typeURL) != Endpoints || len(c.wanted) == 0 || c.wanted[name]
+	return kindOf(typeURL) != Endpoints || len(c.wanted) == 0 || c.cfg.Reachable || c.wanted[name]
 }
 
 // state puts a kind together from what is held. It is ready when nothing is

@@ -952,10 +952,11 @@ type StatusResponse struct {
 	Version     string                 `protobuf:"bytes,3,opt,name=version,proto3" json:"version,omitempty"`
 	Started     *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=started,proto3" json:"started,omitempty"`
 	// Empty: the mesh is well. Otherwise one line each: what is wrong and what to do.
-	Problems      []string          `protobuf:"bytes,5,rep,name=problems,proto3" json:"problems,omitempty"`
-	Workloads     []*WorkloadStatus `protobuf:"bytes,6,rep,name=workloads,proto3" json:"workloads,omitempty"`
-	PolicySource  string            `protobuf:"bytes,7,opt,name=policy_source,json=policySource,proto3" json:"policy_source,omitempty"`
-	Authorities   []*Authority      `protobuf:"bytes,8,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	Problems      []string           `protobuf:"bytes,5,rep,name=problems,proto3" json:"problems,omitempty"`
+	Workloads     []*WorkloadStatus  `protobuf:"bytes,6,rep,name=workloads,proto3" json:"workloads,omitempty"`
+	PolicySource  string             `protobuf:"bytes,7,opt,name=policy_source,json=policySource,proto3" json:"policy_source,omitempty"`
+	Authorities   []*Authority       `protobuf:"bytes,8,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	Federated     []*FederatedDomain `protobuf:"bytes,9,rep,name=federated,proto3" json:"federated,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1046,6 +1047,99 @@ func (x *StatusResponse) GetAuthorities() []*Authority {
 	return nil
 }
 
+func (x *StatusResponse) GetFederated() []*FederatedDomain {
+	if x != nil {
+		return x.Federated
+	}
+	return nil
+}
+
+// FederatedDomain is a foreign trust domain that a TrustDomain document names.
+type FederatedDomain struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	Profile     string                 `protobuf:"bytes,2,opt,name=profile,proto3" json:"profile,omitempty"` // https_spiffe | https_web; empty: a fixed bundle
+	Url         string                 `protobuf:"bytes,3,opt,name=url,proto3" json:"url,omitempty"`
+	// Of the last fetch that succeeded.
+	LastSuccess   *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=last_success,json=lastSuccess,proto3" json:"last_success,omitempty"`
+	Problem       string                 `protobuf:"bytes,5,opt,name=problem,proto3" json:"problem,omitempty"`          // empty: well
+	Authorities   uint32                 `protobuf:"varint,6,opt,name=authorities,proto3" json:"authorities,omitempty"` // X.509 authorities in the bundle in force
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FederatedDomain) Reset() {
+	*x = FederatedDomain{}
+	mi := &file_admin_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FederatedDomain) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FederatedDomain) ProtoMessage() {}
+
+func (x *FederatedDomain) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FederatedDomain.ProtoReflect.Descriptor instead.
+func (*FederatedDomain) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *FederatedDomain) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *FederatedDomain) GetProfile() string {
+	if x != nil {
+		return x.Profile
+	}
+	return ""
+}
+
+func (x *FederatedDomain) GetUrl() string {
+	if x != nil {
+		return x.Url
+	}
+	return ""
+}
+
+func (x *FederatedDomain) GetLastSuccess() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastSuccess
+	}
+	return nil
+}
+
+func (x *FederatedDomain) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+func (x *FederatedDomain) GetAuthorities() uint32 {
+	if x != nil {
+		return x.Authorities
+	}
+	return 0
+}
+
 type Authority struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Subject       string                 `protobuf:"bytes,1,opt,name=subject,proto3" json:"subject,omitempty"`
@@ -1059,7 +1153,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_admin_proto_msgTypes[17]
+	mi := &file_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1071,7 +1165,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[17]
+	mi := &file_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1084,7 +1178,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{17}
+	return file_admin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Authority) GetSubject() string {
@@ -1135,7 +1229,7 @@ type WorkloadStatus struct {
 
 func (x *WorkloadStatus) Reset() {
 	*x = WorkloadStatus{}
-	mi := &file_admin_proto_msgTypes[18]
+	mi := &file_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1147,7 +1241,7 @@ func (x *WorkloadStatus) String() string {
 func (*WorkloadStatus) ProtoMessage() {}
 
 func (x *WorkloadStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[18]
+	mi := &file_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1160,7 +1254,7 @@ func (x *WorkloadStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadStatus.ProtoReflect.Descriptor instead.
 func (*WorkloadStatus) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{18}
+	return file_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *WorkloadStatus) GetName() string {
@@ -1213,7 +1307,7 @@ type InstanceStatus struct {
 
 func (x *InstanceStatus) Reset() {
 	*x = InstanceStatus{}
-	mi := &file_admin_proto_msgTypes[19]
+	mi := &file_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1225,7 +1319,7 @@ func (x *InstanceStatus) String() string {
 func (*InstanceStatus) ProtoMessage() {}
 
 func (x *InstanceStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[19]
+	mi := &file_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1238,7 +1332,7 @@ func (x *InstanceStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstanceStatus.ProtoReflect.Descriptor instead.
 func (*InstanceStatus) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{19}
+	return file_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *InstanceStatus) GetInstance() string {
@@ -1296,7 +1390,7 @@ type ExplainRequest struct {
 
 func (x *ExplainRequest) Reset() {
 	*x = ExplainRequest{}
-	mi := &file_admin_proto_msgTypes[20]
+	mi := &file_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1308,7 +1402,7 @@ func (x *ExplainRequest) String() string {
 func (*ExplainRequest) ProtoMessage() {}
 
 func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[20]
+	mi := &file_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1321,7 +1415,7 @@ func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
 func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{20}
+	return file_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ExplainRequest) GetFrom() string {
@@ -1361,7 +1455,7 @@ type ExplainResponse struct {
 
 func (x *ExplainResponse) Reset() {
 	*x = ExplainResponse{}
-	mi := &file_admin_proto_msgTypes[21]
+	mi := &file_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1373,7 +1467,7 @@ func (x *ExplainResponse) String() string {
 func (*ExplainResponse) ProtoMessage() {}
 
 func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[21]
+	mi := &file_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1386,7 +1480,7 @@ func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
 func (*ExplainResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{21}
+	return file_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ExplainResponse) GetExplanations() []*Explanation {
@@ -1417,7 +1511,7 @@ type Explanation struct {
 
 func (x *Explanation) Reset() {
 	*x = Explanation{}
-	mi := &file_admin_proto_msgTypes[22]
+	mi := &file_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1429,7 +1523,7 @@ func (x *Explanation) String() string {
 func (*Explanation) ProtoMessage() {}
 
 func (x *Explanation) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[22]
+	mi := &file_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1442,7 +1536,7 @@ func (x *Explanation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Explanation.ProtoReflect.Descriptor instead.
 func (*Explanation) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{22}
+	return file_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Explanation) GetFrom() string {
@@ -1535,7 +1629,7 @@ type FlowsRequest struct {
 
 func (x *FlowsRequest) Reset() {
 	*x = FlowsRequest{}
-	mi := &file_admin_proto_msgTypes[23]
+	mi := &file_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1547,7 +1641,7 @@ func (x *FlowsRequest) String() string {
 func (*FlowsRequest) ProtoMessage() {}
 
 func (x *FlowsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[23]
+	mi := &file_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1560,7 +1654,7 @@ func (x *FlowsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlowsRequest.ProtoReflect.Descriptor instead.
 func (*FlowsRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{23}
+	return file_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *FlowsRequest) GetFollow() bool {
@@ -1610,7 +1704,7 @@ type FlowsResponse struct {
 
 func (x *FlowsResponse) Reset() {
 	*x = FlowsResponse{}
-	mi := &file_admin_proto_msgTypes[24]
+	mi := &file_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1622,7 +1716,7 @@ func (x *FlowsResponse) String() string {
 func (*FlowsResponse) ProtoMessage() {}
 
 func (x *FlowsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[24]
+	mi := &file_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1635,7 +1729,7 @@ func (x *FlowsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlowsResponse.ProtoReflect.Descriptor instead.
 func (*FlowsResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{24}
+	return file_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *FlowsResponse) GetFlow() []byte {
@@ -1661,7 +1755,7 @@ type IdentitiesRequest struct {
 
 func (x *IdentitiesRequest) Reset() {
 	*x = IdentitiesRequest{}
-	mi := &file_admin_proto_msgTypes[25]
+	mi := &file_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1673,7 +1767,7 @@ func (x *IdentitiesRequest) String() string {
 func (*IdentitiesRequest) ProtoMessage() {}
 
 func (x *IdentitiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[25]
+	mi := &file_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1686,7 +1780,7 @@ func (x *IdentitiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IdentitiesRequest.ProtoReflect.Descriptor instead.
 func (*IdentitiesRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{25}
+	return file_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *IdentitiesRequest) GetWorkload() string {
@@ -1706,7 +1800,7 @@ type IdentitiesResponse struct {
 
 func (x *IdentitiesResponse) Reset() {
 	*x = IdentitiesResponse{}
-	mi := &file_admin_proto_msgTypes[26]
+	mi := &file_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1718,7 +1812,7 @@ func (x *IdentitiesResponse) String() string {
 func (*IdentitiesResponse) ProtoMessage() {}
 
 func (x *IdentitiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[26]
+	mi := &file_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1731,7 +1825,7 @@ func (x *IdentitiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IdentitiesResponse.ProtoReflect.Descriptor instead.
 func (*IdentitiesResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{26}
+	return file_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *IdentitiesResponse) GetIdentities() []*Identity {
@@ -1769,7 +1863,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_admin_proto_msgTypes[27]
+	mi := &file_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1781,7 +1875,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[27]
+	mi := &file_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1794,7 +1888,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{27}
+	return file_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Identity) GetSpiffeId() string {
@@ -1897,7 +1991,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_admin_proto_msgTypes[28]
+	mi := &file_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1909,7 +2003,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[28]
+	mi := &file_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1922,7 +2016,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{28}
+	return file_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Revocation) GetSubject() string {
@@ -1985,7 +2079,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_admin_proto_msgTypes[29]
+	mi := &file_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1997,7 +2091,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[29]
+	mi := &file_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2010,7 +2104,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{29}
+	return file_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *RevokeRequest) GetSubject() string {
@@ -2047,7 +2141,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_admin_proto_msgTypes[30]
+	mi := &file_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2059,7 +2153,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[30]
+	mi := &file_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2072,7 +2166,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{30}
+	return file_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RevokeResponse) GetList() string {
@@ -2121,7 +2215,7 @@ type BanRequest struct {
 
 func (x *BanRequest) Reset() {
 	*x = BanRequest{}
-	mi := &file_admin_proto_msgTypes[31]
+	mi := &file_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2133,7 +2227,7 @@ func (x *BanRequest) String() string {
 func (*BanRequest) ProtoMessage() {}
 
 func (x *BanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[31]
+	mi := &file_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2146,7 +2240,7 @@ func (x *BanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanRequest.ProtoReflect.Descriptor instead.
 func (*BanRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{31}
+	return file_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *BanRequest) GetNode() string {
@@ -2184,7 +2278,7 @@ type ExplainIdentityRequest struct {
 
 func (x *ExplainIdentityRequest) Reset() {
 	*x = ExplainIdentityRequest{}
-	mi := &file_admin_proto_msgTypes[32]
+	mi := &file_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2196,7 +2290,7 @@ func (x *ExplainIdentityRequest) String() string {
 func (*ExplainIdentityRequest) ProtoMessage() {}
 
 func (x *ExplainIdentityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[32]
+	mi := &file_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2209,7 +2303,7 @@ func (x *ExplainIdentityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainIdentityRequest.ProtoReflect.Descriptor instead.
 func (*ExplainIdentityRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{32}
+	return file_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ExplainIdentityRequest) GetKind() string {
@@ -2259,7 +2353,7 @@ type ExplainIdentityResponse struct {
 
 func (x *ExplainIdentityResponse) Reset() {
 	*x = ExplainIdentityResponse{}
-	mi := &file_admin_proto_msgTypes[33]
+	mi := &file_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2271,7 +2365,7 @@ func (x *ExplainIdentityResponse) String() string {
 func (*ExplainIdentityResponse) ProtoMessage() {}
 
 func (x *ExplainIdentityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[33]
+	mi := &file_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2284,7 +2378,7 @@ func (x *ExplainIdentityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainIdentityResponse.ProtoReflect.Descriptor instead.
 func (*ExplainIdentityResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{33}
+	return file_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ExplainIdentityResponse) GetKind() string {
@@ -2329,7 +2423,7 @@ type IdentityMatch struct {
 
 func (x *IdentityMatch) Reset() {
 	*x = IdentityMatch{}
-	mi := &file_admin_proto_msgTypes[34]
+	mi := &file_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2341,7 +2435,7 @@ func (x *IdentityMatch) String() string {
 func (*IdentityMatch) ProtoMessage() {}
 
 func (x *IdentityMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[34]
+	mi := &file_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2354,7 +2448,7 @@ func (x *IdentityMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IdentityMatch.ProtoReflect.Descriptor instead.
 func (*IdentityMatch) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{34}
+	return file_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *IdentityMatch) GetWorkload() string {
@@ -2408,7 +2502,7 @@ type TaintRequest struct {
 
 func (x *TaintRequest) Reset() {
 	*x = TaintRequest{}
-	mi := &file_admin_proto_msgTypes[35]
+	mi := &file_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2420,7 +2514,7 @@ func (x *TaintRequest) String() string {
 func (*TaintRequest) ProtoMessage() {}
 
 func (x *TaintRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[35]
+	mi := &file_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2433,7 +2527,7 @@ func (x *TaintRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintRequest.ProtoReflect.Descriptor instead.
 func (*TaintRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{35}
+	return file_admin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *TaintRequest) GetAuthority() string {
@@ -2453,7 +2547,7 @@ type TaintResponse struct {
 
 func (x *TaintResponse) Reset() {
 	*x = TaintResponse{}
-	mi := &file_admin_proto_msgTypes[36]
+	mi := &file_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2465,7 +2559,7 @@ func (x *TaintResponse) String() string {
 func (*TaintResponse) ProtoMessage() {}
 
 func (x *TaintResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[36]
+	mi := &file_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2478,7 +2572,7 @@ func (x *TaintResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintResponse.ProtoReflect.Descriptor instead.
 func (*TaintResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{36}
+	return file_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *TaintResponse) GetAuthority() string {
@@ -2504,7 +2598,7 @@ type TrustBundleRequest struct {
 
 func (x *TrustBundleRequest) Reset() {
 	*x = TrustBundleRequest{}
-	mi := &file_admin_proto_msgTypes[37]
+	mi := &file_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2516,7 +2610,7 @@ func (x *TrustBundleRequest) String() string {
 func (*TrustBundleRequest) ProtoMessage() {}
 
 func (x *TrustBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[37]
+	mi := &file_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2529,7 +2623,7 @@ func (x *TrustBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundleRequest.ProtoReflect.Descriptor instead.
 func (*TrustBundleRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{37}
+	return file_admin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *TrustBundleRequest) GetTrustDomain() string {
@@ -2549,7 +2643,7 @@ type TrustBundleResponse struct {
 
 func (x *TrustBundleResponse) Reset() {
 	*x = TrustBundleResponse{}
-	mi := &file_admin_proto_msgTypes[38]
+	mi := &file_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2561,7 +2655,7 @@ func (x *TrustBundleResponse) String() string {
 func (*TrustBundleResponse) ProtoMessage() {}
 
 func (x *TrustBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[38]
+	mi := &file_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2574,7 +2668,7 @@ func (x *TrustBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundleResponse.ProtoReflect.Descriptor instead.
 func (*TrustBundleResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{38}
+	return file_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *TrustBundleResponse) GetTrustDomain() string {
@@ -2657,7 +2751,7 @@ const file_admin_proto_rawDesc = "" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x124\n" +
 	"\aexpires\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12\x1b\n" +
 	"\tspiffe_id\x18\x03 \x01(\tR\bspiffeId\"\x0f\n" +
-	"\rStatusRequest\"\xd7\x02\n" +
+	"\rStatusRequest\"\x94\x03\n" +
 	"\x0eStatusResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\tR\brevision\x12\x18\n" +
@@ -2666,7 +2760,15 @@ const file_admin_proto_rawDesc = "" +
 	"\bproblems\x18\x05 \x03(\tR\bproblems\x12:\n" +
 	"\tworkloads\x18\x06 \x03(\v2\x1c.sallyport.v1.WorkloadStatusR\tworkloads\x12#\n" +
 	"\rpolicy_source\x18\a \x01(\tR\fpolicySource\x129\n" +
-	"\vauthorities\x18\b \x03(\v2\x17.sallyport.v1.AuthorityR\vauthorities\"\xa3\x01\n" +
+	"\vauthorities\x18\b \x03(\v2\x17.sallyport.v1.AuthorityR\vauthorities\x12;\n" +
+	"\tfederated\x18\t \x03(\v2\x1d.sallyport.v1.FederatedDomainR\tfederated\"\xdb\x01\n" +
+	"\x0fFederatedDomain\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x18\n" +
+	"\aprofile\x18\x02 \x01(\tR\aprofile\x12\x10\n" +
+	"\x03url\x18\x03 \x01(\tR\x03url\x12=\n" +
+	"\flast_success\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\vlastSuccess\x12\x18\n" +
+	"\aproblem\x18\x05 \x01(\tR\aproblem\x12 \n" +
+	"\vauthorities\x18\x06 \x01(\rR\vauthorities\"\xa3\x01\n" +
 	"\tAuthority\x12\x18\n" +
 	"\asubject\x18\x01 \x01(\tR\asubject\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x127\n" +
@@ -2828,7 +2930,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_admin_proto_goTypes = []any{
 	(*Set)(nil),                     // 0: sallyport.v1.Set
 	(*ApplyRequest)(nil),            // 1: sallyport.v1.ApplyRequest
@@ -2847,107 +2949,110 @@ var file_admin_proto_goTypes = []any{
 	(*CreateTokenResponse)(nil),     // 14: sallyport.v1.CreateTokenResponse
 	(*StatusRequest)(nil),           // 15: sallyport.v1.StatusRequest
 	(*StatusResponse)(nil),          // 16: sallyport.v1.StatusResponse
-	(*Authority)(nil),               // 17: sallyport.v1.Authority
-	(*WorkloadStatus)(nil),          // 18: sallyport.v1.WorkloadStatus
-	(*InstanceStatus)(nil),          // 19: sallyport.v1.InstanceStatus
-	(*ExplainRequest)(nil),          // 20: sallyport.v1.ExplainRequest
-	(*ExplainResponse)(nil),         // 21: sallyport.v1.ExplainResponse
-	(*Explanation)(nil),             // 22: sallyport.v1.Explanation
-	(*FlowsRequest)(nil),            // 23: sallyport.v1.FlowsRequest
-	(*FlowsResponse)(nil),           // 24: sallyport.v1.FlowsResponse
-	(*IdentitiesRequest)(nil),       // 25: sallyport.v1.IdentitiesRequest
-	(*IdentitiesResponse)(nil),      // 26: sallyport.v1.IdentitiesResponse
-	(*Identity)(nil),                // 27: sallyport.v1.Identity
-	(*Revocation)(nil),              // 28: sallyport.v1.Revocation
-	(*RevokeRequest)(nil),           // 29: sallyport.v1.RevokeRequest
-	(*RevokeResponse)(nil),          // 30: sallyport.v1.RevokeResponse
-	(*BanRequest)(nil),              // 31: sallyport.v1.BanRequest
-	(*ExplainIdentityRequest)(nil),  // 32: sallyport.v1.ExplainIdentityRequest
-	(*ExplainIdentityResponse)(nil), // 33: sallyport.v1.ExplainIdentityResponse
-	(*IdentityMatch)(nil),           // 34: sallyport.v1.IdentityMatch
-	(*TaintRequest)(nil),            // 35: sallyport.v1.TaintRequest
-	(*TaintResponse)(nil),           // 36: sallyport.v1.TaintResponse
-	(*TrustBundleRequest)(nil),      // 37: sallyport.v1.TrustBundleRequest
-	(*TrustBundleResponse)(nil),     // 38: sallyport.v1.TrustBundleResponse
-	nil,                             // 39: sallyport.v1.Set.FilesEntry
-	nil,                             // 40: sallyport.v1.ExplainIdentityRequest.SelectorsEntry
-	nil,                             // 41: sallyport.v1.ExplainIdentityResponse.SelectorsEntry
-	(*durationpb.Duration)(nil),     // 42: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),   // 43: google.protobuf.Timestamp
-	(*Values)(nil),                  // 44: sallyport.v1.Values
+	(*FederatedDomain)(nil),         // 17: sallyport.v1.FederatedDomain
+	(*Authority)(nil),               // 18: sallyport.v1.Authority
+	(*WorkloadStatus)(nil),          // 19: sallyport.v1.WorkloadStatus
+	(*InstanceStatus)(nil),          // 20: sallyport.v1.InstanceStatus
+	(*ExplainRequest)(nil),          // 21: sallyport.v1.ExplainRequest
+	(*ExplainResponse)(nil),         // 22: sallyport.v1.ExplainResponse
+	(*Explanation)(nil),             // 23: sallyport.v1.Explanation
+	(*FlowsRequest)(nil),            // 24: sallyport.v1.FlowsRequest
+	(*FlowsResponse)(nil),           // 25: sallyport.v1.FlowsResponse
+	(*IdentitiesRequest)(nil),       // 26: sallyport.v1.IdentitiesRequest
+	(*IdentitiesResponse)(nil),      // 27: sallyport.v1.IdentitiesResponse
+	(*Identity)(nil),                // 28: sallyport.v1.Identity
+	(*Revocation)(nil),              // 29: sallyport.v1.Revocation
+	(*RevokeRequest)(nil),           // 30: sallyport.v1.RevokeRequest
+	(*RevokeResponse)(nil),          // 31: sallyport.v1.RevokeResponse
+	(*BanRequest)(nil),              // 32: sallyport.v1.BanRequest
+	(*ExplainIdentityRequest)(nil),  // 33: sallyport.v1.ExplainIdentityRequest
+	(*ExplainIdentityResponse)(nil), // 34: sallyport.v1.ExplainIdentityResponse
+	(*IdentityMatch)(nil),           // 35: sallyport.v1.IdentityMatch
+	(*TaintRequest)(nil),            // 36: sallyport.v1.TaintRequest
+	(*TaintResponse)(nil),           // 37: sallyport.v1.TaintResponse
+	(*TrustBundleRequest)(nil),      // 38: sallyport.v1.TrustBundleRequest
+	(*TrustBundleResponse)(nil),     // 39: sallyport.v1.TrustBundleResponse
+	nil,                             // 40: sallyport.v1.Set.FilesEntry
+	nil,                             // 41: sallyport.v1.ExplainIdentityRequest.SelectorsEntry
+	nil,                             // 42: sallyport.v1.ExplainIdentityResponse.SelectorsEntry
+	(*durationpb.Duration)(nil),     // 43: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),   // 44: google.protobuf.Timestamp
+	(*Values)(nil),                  // 45: sallyport.v1.Values
 }
 var file_admin_proto_depIdxs = []int32{
-	39, // 0: sallyport.v1.Set.files:type_name -> sallyport.v1.Set.FilesEntry
+	40, // 0: sallyport.v1.Set.files:type_name -> sallyport.v1.Set.FilesEntry
 	0,  // 1: sallyport.v1.ApplyRequest.sets:type_name -> sallyport.v1.Set
-	42, // 2: sallyport.v1.ApplyRequest.wait:type_name -> google.protobuf.Duration
-	42, // 3: sallyport.v1.RemoveSetRequest.wait:type_name -> google.protobuf.Duration
-	42, // 4: sallyport.v1.RollbackRequest.wait:type_name -> google.protobuf.Duration
+	43, // 2: sallyport.v1.ApplyRequest.wait:type_name -> google.protobuf.Duration
+	43, // 3: sallyport.v1.RemoveSetRequest.wait:type_name -> google.protobuf.Duration
+	43, // 4: sallyport.v1.RollbackRequest.wait:type_name -> google.protobuf.Duration
 	7,  // 5: sallyport.v1.HistoryResponse.revisions:type_name -> sallyport.v1.Revision
-	43, // 6: sallyport.v1.Revision.time:type_name -> google.protobuf.Timestamp
+	44, // 6: sallyport.v1.Revision.time:type_name -> google.protobuf.Timestamp
 	0,  // 7: sallyport.v1.FilesResponse.sets:type_name -> sallyport.v1.Set
 	12, // 8: sallyport.v1.AuditResponse.records:type_name -> sallyport.v1.AuditRecord
-	43, // 9: sallyport.v1.AuditRecord.time:type_name -> google.protobuf.Timestamp
-	42, // 10: sallyport.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	43, // 11: sallyport.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	43, // 12: sallyport.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	18, // 13: sallyport.v1.StatusResponse.workloads:type_name -> sallyport.v1.WorkloadStatus
-	17, // 14: sallyport.v1.StatusResponse.authorities:type_name -> sallyport.v1.Authority
-	43, // 15: sallyport.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	19, // 16: sallyport.v1.WorkloadStatus.instances:type_name -> sallyport.v1.InstanceStatus
-	43, // 17: sallyport.v1.InstanceStatus.svid_expires:type_name -> google.protobuf.Timestamp
-	22, // 18: sallyport.v1.ExplainResponse.explanations:type_name -> sallyport.v1.Explanation
-	27, // 19: sallyport.v1.IdentitiesResponse.identities:type_name -> sallyport.v1.Identity
-	28, // 20: sallyport.v1.IdentitiesResponse.revocations:type_name -> sallyport.v1.Revocation
-	43, // 21: sallyport.v1.Identity.enrolled:type_name -> google.protobuf.Timestamp
-	43, // 22: sallyport.v1.Identity.expires:type_name -> google.protobuf.Timestamp
-	43, // 23: sallyport.v1.Revocation.since:type_name -> google.protobuf.Timestamp
-	43, // 24: sallyport.v1.Revocation.until:type_name -> google.protobuf.Timestamp
-	42, // 25: sallyport.v1.RevokeRequest.wait:type_name -> google.protobuf.Duration
-	42, // 26: sallyport.v1.BanRequest.wait:type_name -> google.protobuf.Duration
-	40, // 27: sallyport.v1.ExplainIdentityRequest.selectors:type_name -> sallyport.v1.ExplainIdentityRequest.SelectorsEntry
-	41, // 28: sallyport.v1.ExplainIdentityResponse.selectors:type_name -> sallyport.v1.ExplainIdentityResponse.SelectorsEntry
-	34, // 29: sallyport.v1.ExplainIdentityResponse.matches:type_name -> sallyport.v1.IdentityMatch
-	44, // 30: sallyport.v1.ExplainIdentityRequest.SelectorsEntry.value:type_name -> sallyport.v1.Values
-	44, // 31: sallyport.v1.ExplainIdentityResponse.SelectorsEntry.value:type_name -> sallyport.v1.Values
-	1,  // 32: sallyport.v1.Admin.Apply:input_type -> sallyport.v1.ApplyRequest
-	2,  // 33: sallyport.v1.Admin.RemoveSet:input_type -> sallyport.v1.RemoveSetRequest
-	3,  // 34: sallyport.v1.Admin.Rollback:input_type -> sallyport.v1.RollbackRequest
-	5,  // 35: sallyport.v1.Admin.History:input_type -> sallyport.v1.HistoryRequest
-	8,  // 36: sallyport.v1.Admin.Files:input_type -> sallyport.v1.FilesRequest
-	10, // 37: sallyport.v1.Admin.Audit:input_type -> sallyport.v1.AuditRequest
-	13, // 38: sallyport.v1.Admin.CreateToken:input_type -> sallyport.v1.CreateTokenRequest
-	15, // 39: sallyport.v1.Admin.Status:input_type -> sallyport.v1.StatusRequest
-	20, // 40: sallyport.v1.Admin.Explain:input_type -> sallyport.v1.ExplainRequest
-	23, // 41: sallyport.v1.Admin.Flows:input_type -> sallyport.v1.FlowsRequest
-	25, // 42: sallyport.v1.Admin.Identities:input_type -> sallyport.v1.IdentitiesRequest
-	29, // 43: sallyport.v1.Admin.Revoke:input_type -> sallyport.v1.RevokeRequest
-	29, // 44: sallyport.v1.Admin.Unrevoke:input_type -> sallyport.v1.RevokeRequest
-	31, // 45: sallyport.v1.Admin.Ban:input_type -> sallyport.v1.BanRequest
-	32, // 46: sallyport.v1.Admin.ExplainIdentity:input_type -> sallyport.v1.ExplainIdentityRequest
-	35, // 47: sallyport.v1.Admin.Taint:input_type -> sallyport.v1.TaintRequest
-	37, // 48: sallyport.v1.Admin.TrustBundle:input_type -> sallyport.v1.TrustBundleRequest
-	4,  // 49: sallyport.v1.Admin.Apply:output_type -> sallyport.v1.ApplyResponse
-	4,  // 50: sallyport.v1.Admin.RemoveSet:output_type -> sallyport.v1.ApplyResponse
-	4,  // 51: sallyport.v1.Admin.Rollback:output_type -> sallyport.v1.ApplyResponse
-	6,  // 52: sallyport.v1.Admin.History:output_type -> sallyport.v1.HistoryResponse
-	9,  // 53: sallyport.v1.Admin.Files:output_type -> sallyport.v1.FilesResponse
-	11, // 54: sallyport.v1.Admin.Audit:output_type -> sallyport.v1.AuditResponse
-	14, // 55: sallyport.v1.Admin.CreateToken:output_type -> sallyport.v1.CreateTokenResponse
-	16, // 56: sallyport.v1.Admin.Status:output_type -> sallyport.v1.StatusResponse
-	21, // 57: sallyport.v1.Admin.Explain:output_type -> sallyport.v1.ExplainResponse
-	24, // 58: sallyport.v1.Admin.Flows:output_type -> sallyport.v1.FlowsResponse
-	26, // 59: sallyport.v1.Admin.Identities:output_type -> sallyport.v1.IdentitiesResponse
-	30, // 60: sallyport.v1.Admin.Revoke:output_type -> sallyport.v1.RevokeResponse
-	30, // 61: sallyport.v1.Admin.Unrevoke:output_type -> sallyport.v1.RevokeResponse
-	30, // 62: sallyport.v1.Admin.Ban:output_type -> sallyport.v1.RevokeResponse
-	33, // 63: sallyport.v1.Admin.ExplainIdentity:output_type -> sallyport.v1.ExplainIdentityResponse
-	36, // 64: sallyport.v1.Admin.Taint:output_type -> sallyport.v1.TaintResponse
-	38, // 65: sallyport.v1.Admin.TrustBundle:output_type -> sallyport.v1.TrustBundleResponse
-	49, // [49:66] is the sub-list for method output_type
-	32, // [32:49] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	44, // 9: sallyport.v1.AuditRecord.time:type_name -> google.protobuf.Timestamp
+	43, // 10: sallyport.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	44, // 11: sallyport.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	44, // 12: sallyport.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	19, // 13: sallyport.v1.StatusResponse.workloads:type_name -> sallyport.v1.WorkloadStatus
+	18, // 14: sallyport.v1.StatusResponse.authorities:type_name -> sallyport.v1.Authority
+	17, // 15: sallyport.v1.StatusResponse.federated:type_name -> sallyport.v1.FederatedDomain
+	44, // 16: sallyport.v1.FederatedDomain.last_success:type_name -> google.protobuf.Timestamp
+	44, // 17: sallyport.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	20, // 18: sallyport.v1.WorkloadStatus.instances:type_name -> sallyport.v1.InstanceStatus
+	44, // 19: sallyport.v1.InstanceStatus.svid_expires:type_name -> google.protobuf.Timestamp
+	23, // 20: sallyport.v1.ExplainResponse.explanations:type_name -> sallyport.v1.Explanation
+	28, // 21: sallyport.v1.IdentitiesResponse.identities:type_name -> sallyport.v1.Identity
+	29, // 22: sallyport.v1.IdentitiesResponse.revocations:type_name -> sallyport.v1.Revocation
+	44, // 23: sallyport.v1.Identity.enrolled:type_name -> google.protobuf.Timestamp
+	44, // 24: sallyport.v1.Identity.expires:type_name -> google.protobuf.Timestamp
+	44, // 25: sallyport.v1.Revocation.since:type_name -> google.protobuf.Timestamp
+	44, // 26: sallyport.v1.Revocation.until:type_name -> google.protobuf.Timestamp
+	43, // 27: sallyport.v1.RevokeRequest.wait:type_name -> google.protobuf.Duration
+	43, // 28: sallyport.v1.BanRequest.wait:type_name -> google.protobuf.Duration
+	41, // 29: sallyport.v1.ExplainIdentityRequest.selectors:type_name -> sallyport.v1.ExplainIdentityRequest.SelectorsEntry
+	42, // 30: sallyport.v1.ExplainIdentityResponse.selectors:type_name -> sallyport.v1.ExplainIdentityResponse.SelectorsEntry
+	35, // 31: sallyport.v1.ExplainIdentityResponse.matches:type_name -> sallyport.v1.IdentityMatch
+	45, // 32: sallyport.v1.ExplainIdentityRequest.SelectorsEntry.value:type_name -> sallyport.v1.Values
+	45, // 33: sallyport.v1.ExplainIdentityResponse.SelectorsEntry.value:type_name -> sallyport.v1.Values
+	1,  // 34: sallyport.v1.Admin.Apply:input_type -> sallyport.v1.ApplyRequest
+	2,  // 35: sallyport.v1.Admin.RemoveSet:input_type -> sallyport.v1.RemoveSetRequest
+	3,  // 36: sallyport.v1.Admin.Rollback:input_type -> sallyport.v1.RollbackRequest
+	5,  // 37: sallyport.v1.Admin.History:input_type -> sallyport.v1.HistoryRequest
+	8,  // 38: sallyport.v1.Admin.Files:input_type -> sallyport.v1.FilesRequest
+	10, // 39: sallyport.v1.Admin.Audit:input_type -> sallyport.v1.AuditRequest
+	13, // 40: sallyport.v1.Admin.CreateToken:input_type -> sallyport.v1.CreateTokenRequest
+	15, // 41: sallyport.v1.Admin.Status:input_type -> sallyport.v1.StatusRequest
+	21, // 42: sallyport.v1.Admin.Explain:input_type -> sallyport.v1.ExplainRequest
+	24, // 43: sallyport.v1.Admin.Flows:input_type -> sallyport.v1.FlowsRequest
+	26, // 44: sallyport.v1.Admin.Identities:input_type -> sallyport.v1.IdentitiesRequest
+	30, // 45: sallyport.v1.Admin.Revoke:input_type -> sallyport.v1.RevokeRequest
+	30, // 46: sallyport.v1.Admin.Unrevoke:input_type -> sallyport.v1.RevokeRequest
+	32, // 47: sallyport.v1.Admin.Ban:input_type -> sallyport.v1.BanRequest
+	33, // 48: sallyport.v1.Admin.ExplainIdentity:input_type -> sallyport.v1.ExplainIdentityRequest
+	36, // 49: sallyport.v1.Admin.Taint:input_type -> sallyport.v1.TaintRequest
+	38, // 50: sallyport.v1.Admin.TrustBundle:input_type -> sallyport.v1.TrustBundleRequest
+	4,  // 51: sallyport.v1.Admin.Apply:output_type -> sallyport.v1.ApplyResponse
+	4,  // 52: sallyport.v1.Admin.RemoveSet:output_type -> sallyport.v1.ApplyResponse
+	4,  // 53: sallyport.v1.Admin.Rollback:output_type -> sallyport.v1.ApplyResponse
+	6,  // 54: sallyport.v1.Admin.History:output_type -> sallyport.v1.HistoryResponse
+	9,  // 55: sallyport.v1.Admin.Files:output_type -> sallyport.v1.FilesResponse
+	11, // 56: sallyport.v1.Admin.Audit:output_type -> sallyport.v1.AuditResponse
+	14, // 57: sallyport.v1.Admin.CreateToken:output_type -> sallyport.v1.CreateTokenResponse
+	16, // 58: sallyport.v1.Admin.Status:output_type -> sallyport.v1.StatusResponse
+	22, // 59: sallyport.v1.Admin.Explain:output_type -> sallyport.v1.ExplainResponse
+	25, // 60: sallyport.v1.Admin.Flows:output_type -> sallyport.v1.FlowsResponse
+	27, // 61: sallyport.v1.Admin.Identities:output_type -> sallyport.v1.IdentitiesResponse
+	31, // 62: sallyport.v1.Admin.Revoke:output_type -> sallyport.v1.RevokeResponse
+	31, // 63: sallyport.v1.Admin.Unrevoke:output_type -> sallyport.v1.RevokeResponse
+	31, // 64: sallyport.v1.Admin.Ban:output_type -> sallyport.v1.RevokeResponse
+	34, // 65: sallyport.v1.Admin.ExplainIdentity:output_type -> sallyport.v1.ExplainIdentityResponse
+	37, // 66: sallyport.v1.Admin.Taint:output_type -> sallyport.v1.TaintResponse
+	39, // 67: sallyport.v1.Admin.TrustBundle:output_type -> sallyport.v1.TrustBundleResponse
+	51, // [51:68] is the sub-list for method output_type
+	34, // [34:51] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_admin_proto_init() }
@@ -2962,7 +3067,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   42,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
