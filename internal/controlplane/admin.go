@@ -42,10 +42,14 @@ type adminServer struct {
 	verifiers   verifiers
 	federation  *federation.Manager
 	bundle      func() *spiffebundle.Bundle // the own trust domain's
+	enrolment   func() error                // why nobody enrols here; nil: they do
 }
 
 // CreateToken implements the RPC.
 func (a *adminServer) CreateToken(ctx context.Context, req *sallyportv1.CreateTokenRequest) (*sallyportv1.CreateTokenResponse, error) {
+	if err := a.enrolment(); err != nil {
+		return nil, err
+	}
 	actor, origin := caller(ctx)
 	t, err := a.registry.CreateToken(ctx, registry.TokenRequest{Workload: req.GetWorkload(), TTL: req.GetTtl().AsDuration(), Actor: actor, Origin: origin})
 	switch {

@@ -43,7 +43,9 @@ type Config struct {
 	// listen.web, and the "iss" of JWT-SVIDs. Empty: no OIDC discovery.
 	JWTIssuer  string     `yaml:"jwtIssuer"`
 	Federation Federation `yaml:"federation"`
-	Log        Log        `yaml:"log"`
+	// ExternalIssuer takes the place of the own CA. It needs trustDomain.
+	ExternalIssuer ExternalIssuer `yaml:"externalIssuer"`
+	Log            Log            `yaml:"log"`
 }
 
 // Listen holds addresses, host:port. Port 0 picks a free one.

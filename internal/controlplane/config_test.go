@@ -76,8 +76,16 @@ func TestValidateNamesTheKey(t *testing.T) {
 		"web.keyFile":              func(c *controlplane.Config) { c.Listen.Web, c.Web.CertFile = "127.0.0.1:0", "x" },
 		"without listen.web":       func(c *controlplane.Config) { c.Web.CertFile, c.Web.KeyFile = "x", "y" },
 		"jwtIssuer":                func(c *controlplane.Config) { c.JWTIssuer = "http://a.example" },
-		"log.level":                func(c *controlplane.Config) { c.Log.Level = "chatty" },
-		"log.format":               func(c *controlplane.Config) { c.Log.Format = "xml" },
+		"either workloadAPI":       func(c *controlplane.Config) { c.ExternalIssuer.ID = "/x" },
+		"either file or url":       func(c *controlplane.Config) { c.ExternalIssuer.WorkloadAPI = "unix:///x" },
+		"unix:///path":             func(c *controlplane.Config) { c.ExternalIssuer.WorkloadAPI = "/x" },
+		"externalIssuer.id":        func(c *controlplane.Config) { c.ExternalIssuer.ID = "spiffe://other.example/x" },
+		"needs trustDomain":        func(c *controlplane.Config) { c.TrustDomain, c.ExternalIssuer.ID = "", "/x" },
+		"profile": func(c *controlplane.Config) {
+			c.ExternalIssuer.WorkloadAPI, c.ExternalIssuer.Bundle.URL = "unix:///x", "https://a.example"
+		},
+		"log.level":  func(c *controlplane.Config) { c.Log.Level = "chatty" },
+		"log.format": func(c *controlplane.Config) { c.Log.Format = "xml" },
 	} {
 		c := controlplane.Dev().WithDefaults()
 		require.NoError(t, c.Validate())

@@ -34,6 +34,7 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/federation"
 	"github.com/sallyport-mesh/sallyport/internal/insight"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/ca"
+	"github.com/sallyport-mesh/sallyport/internal/issuer/external"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/registry"
 	"github.com/sallyport-mesh/sallyport/internal/store"
 	"github.com/sallyport-mesh/sallyport/internal/store/etcd"
@@ -62,7 +63,9 @@ type ControlPlane struct {
 	log  hclog.Logger
 
 	store      store.Store
-	ca         *ca.CA
+	authority  authority
+	ca         *ca.CA           // nil with an external issuer
+	external   *external.Issuer // nil with the own CA
 	audit      *audit.Log
 	registry   *registry.Registry
 	catalog    *catalog.Catalog
@@ -101,7 +104,7 @@ func New(ctx context.Context, cfg Config, opts Options) (_ *ControlPlane, err er
 	if err := c.openVerifiers(); err != nil {
 		return nil, err
 	}
-	if err := c.openIssuer(ctx); err != nil {
+	if err := c.openAuthority(ctx); err != nil {
 		return nil, err
 	}
 	c.build()
@@ -145,35 +148,19 @@ func (c *ControlPlane) openStore(ctx context.Context) (store.Store, error) {
 	return etcd.Dial(ctx, etcd.Config{Endpoints: c.cfg.Etcd.Endpoints, TLS: tls, Prefix: c.cfg.Etcd.Prefix, Log: c.log.Named("etcd")})
 }
 
-func (c *ControlPlane) openIssuer(ctx context.Context) (err error) {
-	var td spiffeid.TrustDomain // zero: the one that the data has
-	if c.cfg.TrustDomain != "" {
-		if td, err = spiffeid.TrustDomainFromString(c.cfg.TrustDomain); err != nil {
-			return fmt.Errorf("trustDomain %q: %w", c.cfg.TrustDomain, err)
-		}
-	}
-	c.ca, err = ca.Open(ctx, ca.Config{
-		TrustDomain: td, KeyDir: filepath.Join(c.cfg.DataDir, "keys"), Store: c.store,
-		RootTTL: c.cfg.CA.RootTTL, IntermediateTTL: c.cfg.CA.IntermediateTTL, SVIDTTL: c.cfg.CA.SVIDTTL,
-		JWTIssuer: c.cfg.JWTIssuer,
-		Now:       c.opts.Now, Log: c.log,
-	})
-	return err
-}
-
 func (c *ControlPlane) build() {
-	td, now := c.ca.TrustDomain(), c.opts.Now
+	td, now := c.authority.TrustDomain(), c.opts.Now
 	c.metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	c.health = admin.NewHealth(now, componentPolicy, componentXDS)
 	c.audit = audit.New(c.store, now)
 	c.registry = registry.New(registry.Config{
-		Store: c.store, Audit: c.audit, RootHash: c.ca.RootHash, Issuers: c.verifiers.count(), Now: now, Log: c.log,
+		Store: c.store, Audit: c.audit, RootHash: c.rootHash, Issuers: c.verifiers.count(), Now: now, Log: c.log,
 	})
 	c.catalog = catalog.New(catalog.Config{Store: c.store, Audit: c.audit, TrustDomain: td, Now: now, Log: c.log.Named("catalog")})
 	c.flows = insight.New(insight.Config{Registry: c.metrics, Log: c.log.Named("flows")})
 	c.xds = xds.NewServer(xds.ServerConfig{
 		Log: c.log.Named("xds"), Now: now,
-		InstanceOf: func(p identity.Peer) string { return ca.Instance(p.Leaf) },
+		InstanceOf: c.instanceInCertificate(),
 	})
 	c.auth = &authenticator{trustDomain: td, member: c.member, now: now}
 	c.reconciler = newReconciler(td, c.publish, c.registry.SetWorkloads, c.log.Named("reconcile"))
@@ -181,6 +168,9 @@ func (c *ControlPlane) build() {
 	c.announcer = &announcer{
 		endpoints: c.endpoints, ranges: c.cfg.Announce.Ranges, ports: c.declaredPorts,
 		instance: c.instanceOf, log: c.log.Named("announce"), drain: make(chan struct{}),
+	}
+	if c.external != nil {
+		c.health.BeforeReport(c.checkExternal)
 	}
 	c.registerMetrics()
 }
@@ -207,8 +197,11 @@ func (c *ControlPlane) declaredPorts(id spiffeid.ID) ([]policy.Port, bool) {
 }
 
 // instanceOf reads the instance out of the caller's certificate and checks that
-// it still is one.
+// it still is one. An external issuer's certificates do not say it.
 func (c *ControlPlane) instanceOf(ctx context.Context, p identity.Peer) (string, error) {
+	if c.external != nil {
+		return claimedInstance(ctx)
+	}
 	name := ca.Instance(p.Leaf)
 	return name, c.registry.Entitled(ctx, p.ID, name)
 }
@@ -223,9 +216,9 @@ func (c *ControlPlane) publish(s *xds.Snapshot) {
 
 func (c *ControlPlane) grpcServer() *grpc.Server {
 	s := grpc.NewServer(append(networkServerOptions(),
-		grpc.Creds(serverCredentials(identity.TLSConfig{Source: c.ca.ServerSVID(), Now: c.opts.Now})),
-		grpc.ChainUnaryInterceptor(c.auth.unary), grpc.ChainStreamInterceptor(c.auth.stream))...)
-	sallyportv1.RegisterEnrollmentServer(s, c.issuerService())
+		grpc.Creds(serverCredentials(identity.TLSConfig{Source: c.authority.ServerSVID(), Now: c.opts.Now})),
+		grpc.ChainUnaryInterceptor(c.refuseEnrolmentUnary, c.auth.unary), grpc.ChainStreamInterceptor(c.refuseEnrolmentStream, c.auth.stream))...)
+	sallyportv1.RegisterEnrollmentServer(s, c.enrolment())
 	sallyportv1.RegisterAnnouncerServer(s, c.announcer)
 	discoveryv3.RegisterAggregatedDiscoveryServiceServer(s, c.xds)
 	accesslogv3.RegisterAccessLogServiceServer(s, c.flows)
@@ -239,11 +232,11 @@ func (c *ControlPlane) adminServer() *grpc.Server {
 	}
 	s := grpc.NewServer(grpc.Creds(localCredentials{}), grpc.MaxRecvMsgSize(maxAdminMessage), grpc.MaxSendMsgSize(maxAdminMessage))
 	sallyportv1.RegisterAdminServer(s, &adminServer{
-		trustDomain: c.ca.TrustDomain(), catalog: c.catalog, audit: c.audit, registry: c.registry,
-		xds: c.xds, flows: c.flows, reconciler: c.reconciler, verifiers: c.verifiers, federation: c.federation, bundle: c.ca.Bundle,
+		trustDomain: c.authority.TrustDomain(), catalog: c.catalog, audit: c.audit, registry: c.registry,
+		xds: c.xds, flows: c.flows, reconciler: c.reconciler, verifiers: c.verifiers, federation: c.federation, bundle: c.authority.Bundle, enrolment: c.refuseToken,
 		status: &statusReporter{
 			version: c.opts.Version, source: source, started: c.opts.Now(), problem: c.catalog.Problem,
-			authorities: c.authorities, registry: c.registry, xds: c.xds, reconciler: c.reconciler,
+			authorities: c.authorities, instances: c.instances, xds: c.xds, reconciler: c.reconciler,
 			federation: c.federation,
 		},
 	})

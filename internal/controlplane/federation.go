@@ -55,12 +55,12 @@ func (c *ControlPlane) addTrustParts(parts map[string]func(context.Context) erro
 	log := c.log.Named("trust")
 	if ln := c.trust.bundle; ln != nil {
 		parts["bundle endpoint"] = func(ctx context.Context) error {
-			return federation.Serve(ctx, ln, federation.SPIFFETLS(c.ca.ServerSVID(), c.opts.Now), federation.BundleHandler(c.ca.Bundle), log)
+			return federation.Serve(ctx, ln, federation.SPIFFETLS(c.authority.ServerSVID(), c.opts.Now), federation.BundleHandler(c.authority.Bundle), log)
 		}
 	}
 	if ln := c.trust.web; ln != nil {
 		parts["web endpoint"] = func(ctx context.Context) error {
-			h, err := federation.WebHandler(c.cfg.JWTIssuer, c.ca.Bundle)
+			h, err := federation.WebHandler(c.cfg.JWTIssuer, c.authority.Bundle)
 			if err != nil {
 				return err
 			}
@@ -87,7 +87,7 @@ func (c *ControlPlane) openFederation() error {
 		return err
 	}
 	c.federation = federation.NewManager(federation.Config{
-		Own: c.ca.TrustDomain(), OwnBundle: c.ca.Bundle, Store: c.store,
+		Own: c.authority.TrustDomain(), OwnBundle: c.authority.Bundle, Store: c.store,
 		Publish: func(b identity.Bundles) { c.reconciler.setForeign(b) }, WebRoots: roots,
 		MinRefresh: c.opts.BundleRefresh, MaxRefresh: c.opts.BundleRefresh,
 		Now: c.opts.Now, Log: c.log.Named("federation"),

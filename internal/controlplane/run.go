@@ -25,6 +25,7 @@ const (
 	componentXDS    = "xds"
 
 	componentFederation = "federation"
+	componentIssuer     = "issuer" // an external one
 )
 
 const (
@@ -67,11 +68,11 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	network, operators := c.grpcServer(), c.adminServer()
 	parts := map[string]func(context.Context) error{
-		"authority":  c.ca.Run,
+		"authority":  c.authority.Run,
 		"registry":   c.registry.Run,
 		"reconciler": c.reconciler.run,
 		"bundle": func(ctx context.Context) error {
-			return c.ca.WatchBundle(ctx, func(b *spiffebundle.Bundle) error { c.reconciler.setBundle(b); return nil })
+			return c.authority.WatchBundle(ctx, func(b *spiffebundle.Bundle) error { c.reconciler.setBundle(b); return nil })
 		},
 		"catalogue": c.watchCatalog,
 		"endpoints": func(ctx context.Context) error { return c.endpoints.watch(ctx, c.reconciler.setEndpoints) },
@@ -98,7 +99,7 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 		})
 	}
 	grpcAddr, metricsAddr, socket := c.Addrs()
-	c.log.Info("serving", "trust_domain", c.ca.TrustDomain().Name(), "sidecars", grpcAddr, "metrics", metricsAddr, "admin", socket)
+	c.log.Info("serving", "trust_domain", c.authority.TrustDomain().Name(), "sidecars", grpcAddr, "metrics", metricsAddr, "admin", socket)
 	err := g.Wait()
 	return errors.Join(err, c.close())
 }
@@ -173,7 +174,7 @@ func problem(c *catalog.Catalog) error {
 
 func (c *ControlPlane) authorities() []*sallyportv1.Authority {
 	var out []*sallyportv1.Authority
-	for _, a := range c.ca.Authorities() {
+	for _, a := range c.authorityList() {
 		out = append(out, &sallyportv1.Authority{Kind: a.Kind, Subject: a.Subject, State: a.State, KeyHash: a.KeyHash, NotAfter: timestamppb.New(a.NotAfter)})
 	}
 	return out
@@ -207,7 +208,7 @@ func (c *ControlPlane) registerMetrics() {
 	})
 	gauge("sallyport_controlplane_authority_seconds_left", "Seconds until the first authority in use expires.", func() float64 {
 		left := float64(0)
-		for i, a := range c.ca.Authorities() {
+		for i, a := range c.authorityList() {
 			if s := a.NotAfter.Sub(c.opts.Now()).Seconds(); i == 0 || s < left {
 				left = s
 			}

@@ -21,13 +21,16 @@ const (
 // again. The zero value is ready.
 type slots struct {
 	mu  sync.Mutex
-	all map[string]*slot // guarded by mu :: instance → its streams
+	all map[string]*slot // guarded by mu :: workload and instance → its streams
 }
 
 type slot struct {
 	streams []*announceStream // in the order in which they opened
 	limit   *rate.Limiter     // of all of them together
 }
+
+// key keeps an instance that is only claimed within the caller's own ID.
+func (s *announceStream) key() string { return s.caller.String() + "|" + s.instance }
 
 // enter adds a stream. With too many, the oldest is told to end.
 func (t *slots) enter(s *announceStream) *rate.Limiter {
@@ -36,10 +39,10 @@ func (t *slots) enter(s *announceStream) *rate.Limiter {
 	if t.all == nil {
 		t.all = map[string]*slot{}
 	}
-	sl := t.all[s.instance]
+	sl := t.all[s.key()]
 	if sl == nil {
 		sl = &slot{limit: rate.NewLimiter(announcePerSecond, announceBurst)}
-		t.all[s.instance] = sl
+		t.all[s.key()] = sl
 	}
 	if len(sl.streams) == maxStreamsPerInstance {
 		close(sl.streams[0].replaced)
@@ -54,13 +57,13 @@ func (t *slots) enter(s *announceStream) *rate.Limiter {
 func (t *slots) leave(s *announceStream) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	sl := t.all[s.instance]
+	sl := t.all[s.key()]
 	if sl == nil {
 		return
 	}
 	sl.streams = slices.DeleteFunc(sl.streams, func(o *announceStream) bool { return o == s })
 	if len(sl.streams) == 0 {
-		delete(t.all, s.instance)
+		delete(t.all, s.key())
 		return
 	}
 	select {

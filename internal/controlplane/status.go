@@ -25,7 +25,7 @@ type statusReporter struct {
 	started     time.Time
 	problem     func() string // the watched directory's
 	authorities func() []*sallyportv1.Authority
-	registry    *registry.Registry
+	instances   func(context.Context) ([]registry.Instance, error)
 	xds         *xds.Server
 	reconciler  *reconciler
 	federation  *federation.Manager
@@ -36,7 +36,7 @@ func (s *statusReporter) report(ctx context.Context) (*sallyportv1.StatusRespons
 	if state == nil {
 		return nil, errStarting()
 	}
-	instances, err := s.registry.Instances(ctx)
+	instances, err := s.instances(ctx)
 	if err != nil {
 		return nil, status.Errorf(codes.Unavailable, "reading instances: %v", err)
 	}

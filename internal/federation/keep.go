@@ -14,9 +14,7 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/store"
 )
 
-const prefix = "federation/"
-
-func key(td spiffeid.TrustDomain) string { return prefix + td.Name() }
+func (m *Manager) key(td spiffeid.TrustDomain) string { return m.cfg.Prefix + td.Name() }
 
 // record is the newest bundle of a trust domain, as stored for restarts and for
 // other replicas.
@@ -33,8 +31,8 @@ type kept struct {
 	bundle  *spiffebundle.Bundle
 }
 
-func readRecord(kv store.KV) (spiffeid.TrustDomain, kept, error) {
-	td, err := spiffeid.TrustDomainFromString(strings.TrimPrefix(kv.Key, prefix))
+func (m *Manager) readRecord(kv store.KV) (spiffeid.TrustDomain, kept, error) {
+	td, err := spiffeid.TrustDomainFromString(strings.TrimPrefix(kv.Key, m.cfg.Prefix))
 	if err != nil {
 		return td, kept{}, fmt.Errorf("reading %s from the store: %w", kv.Key, err)
 	}
@@ -61,20 +59,20 @@ func (m *Manager) keep(ctx context.Context, p Peer, b *spiffebundle.Bundle) erro
 		return fmt.Errorf("keeping the bundle of %s: %w", p.TrustDomain, err)
 	}
 	for range 5 { // other replicas keep it too
-		kv, err := m.cfg.Store.Get(ctx, key(p.TrustDomain))
+		kv, err := m.cfg.Store.Get(ctx, m.key(p.TrustDomain))
 		if err != nil && !errors.Is(err, store.ErrNotFound) {
 			return fmt.Errorf("keeping the bundle of %s: %w", p.TrustDomain, err)
 		}
 		held := p.Bootstrap
 		if err == nil {
-			if _, k, err := readRecord(kv); err == nil && k.origin == p.origin() {
+			if _, k, err := m.readRecord(kv); err == nil && k.origin == p.origin() {
 				held = k.bundle
 			}
 		}
 		if newer, err := supersedes(held, b); err != nil || !newer {
 			return err
 		}
-		_, err = m.cfg.Store.Txn(ctx, []store.Cmp{{Key: key(p.TrustDomain), Rev: kv.Rev}}, []store.Op{{Key: key(p.TrustDomain), Value: value}})
+		_, err = m.cfg.Store.Txn(ctx, []store.Cmp{{Key: m.key(p.TrustDomain), Rev: kv.Rev}}, []store.Op{{Key: m.key(p.TrustDomain), Value: value}})
 		if !errors.Is(err, store.ErrConflict) {
 			if err != nil {
 				return fmt.Errorf("keeping the bundle of %s: %w", p.TrustDomain, err)
@@ -126,7 +124,7 @@ func sameKeys(a, b *spiffebundle.Bundle) bool {
 // watchStore keeps m.records as the store is.
 func (m *Manager) watchStore(ctx context.Context) error {
 	for {
-		kvs, rev, err := m.cfg.Store.List(ctx, prefix)
+		kvs, rev, err := m.cfg.Store.List(ctx, m.cfg.Prefix)
 		if err != nil {
 			return fmt.Errorf("listing foreign bundles: %w", err)
 		}
@@ -135,12 +133,12 @@ func (m *Manager) watchStore(ctx context.Context) error {
 			m.readInto(records, kv)
 		}
 		m.update(func() { m.records = records })
-		err = m.cfg.Store.Watch(ctx, prefix, rev, func(_ int64, events []store.Event) error {
+		err = m.cfg.Store.Watch(ctx, m.cfg.Prefix, rev, func(_ int64, events []store.Event) error {
 			m.update(func() {
 				for _, ev := range events {
 					if !ev.Deleted {
 						m.readInto(m.records, ev.KV)
-					} else if td, err := spiffeid.TrustDomainFromString(strings.TrimPrefix(ev.Key, prefix)); err == nil {
+					} else if td, err := spiffeid.TrustDomainFromString(strings.TrimPrefix(ev.Key, m.cfg.Prefix)); err == nil {
 						delete(m.records, td)
 					}
 				}
@@ -155,7 +153,7 @@ func (m *Manager) watchStore(ctx context.Context) error {
 
 // readInto leaves the last good state of what cannot be read.
 func (m *Manager) readInto(records map[spiffeid.TrustDomain]kept, kv store.KV) {
-	td, k, err := readRecord(kv)
+	td, k, err := m.readRecord(kv)
 	if err != nil {
 		m.log.Error("ignoring a stored bundle", "error", err)
 		return
@@ -165,7 +163,7 @@ func (m *Manager) readInto(records map[spiffeid.TrustDomain]kept, kv store.KV) {
 
 // forget removes a bundle whose document is gone.
 func (m *Manager) forget(ctx context.Context, td spiffeid.TrustDomain) {
-	if _, err := m.cfg.Store.Txn(ctx, nil, []store.Op{{Key: key(td), Delete: true}}); err != nil && ctx.Err() == nil {
+	if _, err := m.cfg.Store.Txn(ctx, nil, []store.Op{{Key: m.key(td), Delete: true}}); err != nil && ctx.Err() == nil {
 		m.log.Warn("removing a foreign bundle from the store; nobody uses it", "trust_domain", td.Name(), "error", err)
 	}
 }

@@ -22,12 +22,13 @@ import (
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
-// Config sets up a [Manager]. All but WebRoots, MinRefresh and MaxRefresh are
-// required.
+// Config sets up a [Manager]. Own and OwnBundle may be left out together; Prefix,
+// WebRoots, MinRefresh and MaxRefresh have defaults; the rest is required.
 type Config struct {
 	Own       spiffeid.TrustDomain
 	OwnBundle func() *spiffebundle.Bundle // for endpoints with an ID of the own trust domain
 	Store     store.Store
+	Prefix    string // of the keys in Store; default "federation/"
 	// Publish is handed what to trust of each foreign trust domain, first when
 	// the first SetPeers and the store's content are both known and then with
 	// each change. The map and the bundles must not be changed.
@@ -72,6 +73,9 @@ type attempt struct {
 
 // NewManager returns a manager that trusts nobody before its first SetPeers.
 func NewManager(cfg Config) *Manager {
+	if cfg.Prefix == "" {
+		cfg.Prefix = "federation/"
+	}
 	if cfg.MinRefresh == 0 {
 		cfg.MinRefresh = minRefresh
 	}

@@ -355,7 +355,7 @@ func TestRemovedDocument(t *testing.T) {
 		if w.trusts(i, "spiffe://partner.example/shop") == nil {
 			return errors.New("still trusted")
 		}
-		kvs, _, err := s.List(t.Context(), prefix)
+		kvs, _, err := s.List(t.Context(), "federation/")
 		if len(kvs) != 0 {
 			err = errors.New("still stored")
 		}

@@ -28,7 +28,7 @@ func newTwoMeshes(t *testing.T, target string, rules func(foreign spiffeid.ID) [
 	t.Helper()
 	partnerTD := spiffeid.RequireTrustDomainFromString("partner.example")
 	m := &twoMeshes{home: newWorld(t), foreign: spiffeid.RequireFromPath(partnerTD, "/orders")}
-	m.partner = &world{t, newAuthority(t, partnerTD)}
+	m.partner = &world{t: t, ca: newAuthority(t, partnerTD)}
 	bundles := identity.Bundles{
 		td:        spiffebundle.FromX509Authorities(td, []*x509.Certificate{m.home.ca.cert}),
 		partnerTD: spiffebundle.FromX509Authorities(partnerTD, []*x509.Certificate{m.partner.ca.cert}),

@@ -10,7 +10,9 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 
+	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/admin"
 	"github.com/sallyport-mesh/sallyport/internal/proxy"
 	"github.com/sallyport-mesh/sallyport/internal/xds"
@@ -185,7 +187,7 @@ func (s *Sidecar) connect(ctx context.Context) (*session, error) {
 	first := sync.OnceFunc(func() { close(c.announced) })
 	c.wg.Go(func() {
 		s.again(ctx, func() error {
-			err := s.announce.run(ctx, conn, func(string) {
+			err := s.announce.run(metadata.AppendToOutgoingContext(ctx, sallyportv1.InstanceMetadata, s.agent.Instance()), conn, func(string) {
 				first()
 				s.health.Set(componentAnnounce, admin.OK, "")
 			})
