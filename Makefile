@@ -45,13 +45,13 @@ smoke: build ## run the demo's story and check it
 	@go test -tags smoke -count=1 ./test/smoke/...
 
 e2e: build ## run the programs through faults: kills, rotations, images, units
-	@go test -tags e2e -count=1 -v ./test/e2e/...
+	@go test -tags e2e -count=1 -v ./test/e2e/... ./internal/meshtest
 	@go test -tags e2e -count=1 -v -timeout 30m -run '^TestD6PIDReuse100000$$' ./internal/peercred
 
 lint: have-go ## check format, vet, staticcheck and the import rows
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "not formatted:"; echo "$$unformatted"; exit 1; }
 	@go vet ./...
-	@go vet -tags smoke,e2e ./test/... ./internal/peercred
+	@go vet -tags smoke,e2e ./test/... ./internal/meshtest ./internal/peercred
 	@GOTOOLCHAIN=go$(GO_VERSION)+auto go run $(STATICCHECK) -tags smoke,e2e ./...
 	@go test -count=1 ./internal/arch
 

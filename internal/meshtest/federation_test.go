@@ -111,7 +111,7 @@ func (f *front) lead(target string) {
 // nothing else passes; the endpoints misbehave and nothing changes; each side
 // takes its part back and the call ends.
 func TestF5_TwoMeshes(t *testing.T) {
-	w := newMeshes(t)
+	w := newMeshes(t, controlplane.CA{}, 50*time.Millisecond)
 	w.wantStatus("orders", http.StatusOK)
 	w.wantStatus("tester", http.StatusForbidden)            // A lets it try, B refuses
 	w.wantStatus("snoop", http.StatusServiceUnavailable)    // A does not offer it
@@ -228,10 +228,11 @@ spec:
 `
 )
 
-func newMeshes(t *testing.T) *meshes {
+func newMeshes(t *testing.T, ca controlplane.CA, refresh time.Duration) *meshes {
 	t.Helper()
 	certFile, keyFile := webCert(t)
 	endpoints := func(c *controlplane.Config) {
+		c.CA = ca
 		c.Listen.Bundle, c.Listen.Web = "127.0.0.1:0", "127.0.0.1:0"
 		c.Web = controlplane.Web{CertFile: certFile, KeyFile: keyFile}
 		c.Federation.CAFile = certFile
@@ -241,11 +242,11 @@ func newMeshes(t *testing.T) *meshes {
 	for _, name := range []string{"orders", "tester", "snoop"} {
 		callers += fmt.Sprintf(workloadA, name)
 	}
-	w.a = New(t, Config{Files: map[string]string{"w.yaml": callers}, Bundles: 50 * time.Millisecond, Change: func(c *controlplane.Config) {
+	w.a = New(t, Config{Files: map[string]string{"w.yaml": callers}, Bundles: refresh, Change: func(c *controlplane.Config) {
 		endpoints(c)
 		c.TrustDomain = "a.example"
 	}})
-	w.b = New(t, Config{Files: map[string]string{"w.yaml": workloadB}, Bundles: 50 * time.Millisecond, Change: func(c *controlplane.Config) {
+	w.b = New(t, Config{Files: map[string]string{"w.yaml": workloadB}, Bundles: refresh, Change: func(c *controlplane.Config) {
 		endpoints(c)
 		c.TrustDomain = "b.example"
 	}})
