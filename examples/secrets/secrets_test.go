@@ -177,7 +177,7 @@ func TestE1_ForgedTokens(t *testing.T) {
 	parts := strings.Split(token, ".")
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	require.NoError(t, err)
-	jws, err := jose.ParseSigned(token, []jose.SignatureAlgorithm{jose.ES256})
+	jws, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.ES256})
 	require.NoError(t, err)
 	kid := jws.Signatures[0].Header.KeyID
 	forge := func(alg jose.SignatureAlgorithm, key any, opts *jose.SignerOptions) string {
