@@ -68,7 +68,7 @@ func (c *ControlPlane) openCA(ctx context.Context) (err error) {
 	}
 	c.ca, err = ca.Open(ctx, ca.Config{
 		TrustDomain: td, KeyDir: filepath.Join(c.cfg.DataDir, "keys"), Store: c.store,
-		RootTTL: c.cfg.CA.RootTTL, IntermediateTTL: c.cfg.CA.IntermediateTTL, SVIDTTL: c.cfg.CA.SVIDTTL,
+		RootTTL: c.cfg.CA.RootTTL, IntermediateTTL: c.cfg.CA.IntermediateTTL, SVIDTTL: c.cfg.CA.SVIDTTL, JWTKeyTTL: c.cfg.CA.JWTKeyTTL,
 		JWTIssuer: c.cfg.JWTIssuer,
 		Now:       c.opts.Now, Log: c.log,
 	})

@@ -77,6 +77,7 @@ type CA struct {
 	RootTTL         time.Duration `yaml:"rootTTL"`         // default 10 years
 	IntermediateTTL time.Duration `yaml:"intermediateTTL"` // default 90 days
 	SVIDTTL         time.Duration `yaml:"svidTTL"`         // default 24 h
+	JWTKeyTTL       time.Duration `yaml:"jwtTTL"`          // of a key that signs JWT-SVIDs; default 30 days
 }
 
 // Log says what is logged and how.
@@ -127,6 +128,7 @@ func (c Config) WithDefaults() Config {
 	setDefault(&c.CA.RootTTL, 10*365*24*time.Hour)
 	setDefault(&c.CA.IntermediateTTL, 90*24*time.Hour)
 	setDefault(&c.CA.SVIDTTL, 24*time.Hour)
+	setDefault(&c.CA.JWTKeyTTL, 30*24*time.Hour)
 	setDefault(&c.Log.Level, "info")
 	setDefault(&c.Log.Format, "text")
 	if c.AdminSocket == "" && c.DataDir != "" {
@@ -187,6 +189,9 @@ func (c Config) Validate() error {
 	}
 	if c.CA.SVIDTTL < time.Second {
 		errs = append(errs, fmt.Errorf("ca.svidTTL %v: at least 1s", c.CA.SVIDTTL))
+	}
+	if c.CA.JWTKeyTTL < time.Hour {
+		errs = append(errs, fmt.Errorf("ca.jwtTTL %v: at least 1h", c.CA.JWTKeyTTL))
 	}
 	if c.CA.IntermediateTTL < 6*c.CA.SVIDTTL {
 		errs = append(errs, fmt.Errorf("ca.intermediateTTL %v: at least six times ca.svidTTL (%v)", c.CA.IntermediateTTL, c.CA.SVIDTTL))

@@ -64,6 +64,7 @@ func TestValidateNamesTheKey(t *testing.T) {
 		"certFile":           func(c *controlplane.Config) { c.Etcd.CertFile = "x" },
 		"https://":           func(c *controlplane.Config) { c.Etcd.CAFile, c.Etcd.Endpoints = "x", []string{"http://a:1"} },
 		"ca.svidTTL":         func(c *controlplane.Config) { c.CA.SVIDTTL = time.Millisecond },
+		"ca.jwtTTL":          func(c *controlplane.Config) { c.CA.JWTKeyTTL = time.Minute },
 		"ca.intermediateTTL": func(c *controlplane.Config) { c.CA.IntermediateTTL = time.Hour },
 		"ca.rootTTL":         func(c *controlplane.Config) { c.CA.RootTTL = 24 * time.Hour },
 		"attest.x509pop[1].name \"factory\": is there twice": func(c *controlplane.Config) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -207,10 +208,10 @@ func (c *ControlPlane) registerMetrics() {
 		return 0
 	})
 	gauge("sallyport_controlplane_authority_seconds_left", "Seconds until the first authority in use expires.", func() float64 {
-		left := float64(0)
-		for i, a := range c.authorityList() {
-			if s := a.NotAfter.Sub(c.opts.Now()).Seconds(); i == 0 || s < left {
-				left = s
+		left := math.Inf(1)
+		for _, a := range c.authorityList() {
+			if a.State == "active" || a.State == "external" {
+				left = min(left, a.NotAfter.Sub(c.opts.Now()).Seconds())
 			}
 		}
 		return left

@@ -4,10 +4,8 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"encoding/hex"
 	"fmt"
 	"time"
 )
@@ -17,12 +15,6 @@ func made(cert *x509.Certificate) time.Time { return cert.NotBefore.Add(Backdate
 
 // life is how long a certificate of ours lives from when it was signed.
 func life(cert *x509.Certificate) time.Duration { return cert.NotAfter.Sub(made(cert)) }
-
-// keyHash is the SHA-256 of a certificate's key, in hex.
-func keyHash(cert *x509.Certificate) string {
-	sum := sha256.Sum256(cert.RawSubjectPublicKeyInfo)
-	return hex.EncodeToString(sum[:])
-}
 
 // newRoot makes a self-signed root with a new key. It writes nothing.
 func (c *CA) newRoot(now time.Time) (*authority, *ecdsa.PrivateKey, error) {

@@ -1,6 +1,6 @@
 // Package ca is the certificate authority of one trust domain: it keeps the
-// signing keys, issues X.509-SVIDs, rotates itself by the clock and says which
-// roots to trust.
+// signing keys, issues X.509-SVIDs and JWT-SVIDs, rotates itself by the clock and
+// says which keys to trust.
 //
 // A root signs one intermediate per replica of the control plane, and the
 // intermediate signs SVIDs. Who may have which SVID is not decided here: package
@@ -10,10 +10,10 @@ package ca
 import (
 	"context"
 	"crypto"
-	"crypto/sha256"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"net/url"
 	"regexp"
 	"sync"
 	"sync/atomic"
@@ -38,7 +38,7 @@ type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	// KeyDir holds the private keys. Replicas of one control plane share it.
 	KeyDir string
-	// Store holds the trust domain and the root certificates.
+	// Store holds the trust domain and what is public of the anchors.
 	Store store.Store
 	// Replica names this replica's intermediate: letters, digits, '.', '_' and
 	// '-', at most 64. Empty: "0".
@@ -46,14 +46,16 @@ type Config struct {
 	// RootTTL, IntermediateTTL and SVIDTTL are lifetimes. Each must be at least
 	// six times the next. Zero: 10 years, 90 days, 24 hours.
 	RootTTL, IntermediateTTL, SVIDTTL time.Duration
-	// JWTKeyTTL is how long a JWT signing key lives, from publication to
-	// withdrawal: at least an hour. Zero: 30 days.
+	// JWTKeyTTL is the lifetime of a key that signs JWT-SVIDs: at least an hour.
+	// Zero: 30 days.
 	JWTKeyTTL time.Duration
-	// JWTIssuer is the iss claim of JWT-SVIDs, a URL; empty: none.
-	JWTIssuer string
-	// TaintGrace is how long a tainted root stays in the bundle, for everybody to
-	// renew. Zero: 30 s.
+	// TaintGrace is how long after its taint a root or JWT key leaves the bundle.
+	// Its successor signs after a third of it; in the rest, whoever is connected
+	// renews. Zero: 30 seconds.
 	TaintGrace time.Duration
+	// JWTIssuer is the claim iss of JWT-SVIDs: an https URL where OpenID Connect
+	// discovery is served. Empty: no such claim.
+	JWTIssuer string
 
 	Now func() time.Time // nil: time.Now
 	Log hclog.Logger     // nil: discard
@@ -64,9 +66,8 @@ const (
 	defaultIntermediateTTL = 90 * 24 * time.Hour
 	defaultSVIDTTL         = 24 * time.Hour
 	defaultJWTKeyTTL       = 30 * 24 * time.Hour
-	minJWTKeyTTL           = time.Hour
 	defaultTaintGrace      = 30 * time.Second
-	maxRefreshHint         = 5 * time.Minute
+	minJWTKeyTTL           = time.Hour
 
 	// Backdate is how far a certificate's NotBefore lies in the past, for peers
 	// whose clocks are a little slow. Certificates have whole seconds, so the
@@ -109,10 +110,23 @@ func (cfg Config) validate() error {
 		return fmt.Errorf("opening the CA: SVIDs must live at least 1s, not %v", cfg.SVIDTTL)
 	case cfg.IntermediateTTL < 6*cfg.SVIDTTL:
 		return fmt.Errorf("opening the CA: intermediates must live at least six times as long as SVIDs (%v), not %v", cfg.SVIDTTL, cfg.IntermediateTTL)
-	case cfg.JWTKeyTTL < minJWTKeyTTL:
-		return fmt.Errorf("opening the CA: JWT keys must live at least %v, not %v", minJWTKeyTTL, cfg.JWTKeyTTL)
 	case cfg.RootTTL < 6*cfg.IntermediateTTL:
 		return fmt.Errorf("opening the CA: roots must live at least six times as long as intermediates (%v), not %v", cfg.IntermediateTTL, cfg.RootTTL)
+	case cfg.JWTKeyTTL < minJWTKeyTTL:
+		return fmt.Errorf("opening the CA: JWT keys must live at least %v, not %v", minJWTKeyTTL, cfg.JWTKeyTTL)
+	case cfg.TaintGrace < 0:
+		return fmt.Errorf("opening the CA: a taint grace of %v", cfg.TaintGrace)
+	}
+	return cfg.validateIssuer()
+}
+
+func (cfg Config) validateIssuer() error {
+	if cfg.JWTIssuer == "" {
+		return nil
+	}
+	u, err := url.Parse(cfg.JWTIssuer)
+	if err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || u.RawQuery != "" || u.ForceQuery || u.Fragment != "" {
+		return fmt.Errorf("opening the CA: JWT issuer %q: want an https URL without query and fragment, as in https://identity.shop.example", cfg.JWTIssuer)
 	}
 	return nil
 }
@@ -133,15 +147,18 @@ type CA struct {
 
 // state is an immutable snapshot of what the CA signs with and publishes.
 type state struct {
-	roots      []*root // unexpired, in the order they were published; never empty
-	active     *root
-	signer     *authority // this replica's intermediate
-	jwt        []*root    // JWT keys, as roots
-	jwtActive  *root
-	tainted    []Tainted
-	sequence   uint64               // of the bundle
-	published  *spiffebundle.Bundle // of roots and jwt
-	superseded chan struct{}        // closed when a newer state has been set
+	roots  []*anchor            // in the order they were published; never empty
+	active *anchor              // the root that signs intermediates
+	jwts   []*anchor            // as roots
+	jwt    *anchor              // the key that signs JWT-SVIDs
+	bundle *spiffebundle.Bundle // what the store says, with its sequence number
+	signer *authority           // this replica's intermediate
+	// cross is the active root signed by a tainted one; see Taint. Workloads
+	// present it for the life of an SVID, the control plane longer.
+	cross, serverCross []*x509.Certificate
+	tainted            []Tainted
+	authorities        []Authority
+	superseded         chan struct{} // closed when a newer state has been set
 }
 
 // Open loads the CA, making keys and certificates on first start. Its errors are
@@ -164,95 +181,3 @@ func Open(ctx context.Context, cfg Config) (*CA, error) {
 
 // TrustDomain is the one that the data was made for.
 func (c *CA) TrustDomain() spiffeid.TrustDomain { return c.td }
-
-// X509Roots returns the roots to trust, oldest first: active, next and retiring
-// ones. The caller must not change them.
-func (c *CA) X509Roots() []*x509.Certificate { return c.state.Load().bundle() }
-
-// Bundle returns what to trust: roots and JWT keys, with a sequence number that
-// grows with every change of the content (SPIFFE Trust Domain and Bundle 4.1.1)
-// and a refresh hint. The caller must not change it.
-func (c *CA) Bundle() *spiffebundle.Bundle { return c.state.Load().published }
-
-func (s *state) bundle() []*x509.Certificate {
-	certs := make([]*x509.Certificate, len(s.roots))
-	for i, r := range s.roots {
-		certs[i] = r.cert
-	}
-	return certs
-}
-
-// RootHash is the SHA-256 of the active root's public key (PKIX, DER), which a
-// join token carries so that a sidecar can authenticate the control plane.
-func (c *CA) RootHash() [sha256.Size]byte {
-	return sha256.Sum256(c.state.Load().active.cert.RawSubjectPublicKeyInfo)
-}
-
-// WatchBundle calls fn with the current bundle at once and then with each new
-// one, until ctx ends or fn fails; it returns that error. A slow fn sees only the
-// newest.
-func (c *CA) WatchBundle(ctx context.Context, fn func(*spiffebundle.Bundle) error) error {
-	var last *spiffebundle.Bundle
-	for {
-		s := c.state.Load()
-		if last == nil || !last.Equal(s.published) {
-			if err := fn(s.published); err != nil {
-				return err
-			}
-			last = s.published
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-s.superseded:
-		}
-	}
-}
-
-func sameCerts(a, b []*x509.Certificate) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for i := range a {
-		if !a[i].Equal(b[i]) {
-			return false
-		}
-	}
-	return true
-}
-
-// Authority is one signing key, for status output.
-type Authority struct {
-	Kind     string // root, intermediate or jwt
-	Subject  string // of a JWT key: its key id
-	State    string // next, active, retiring or tainted
-	KeyHash  string // SHA-256 of the SubjectPublicKeyInfo, lower-case hex
-	NotAfter time.Time
-}
-
-// Authorities lists the roots, this replica's intermediate and the JWT keys.
-func (c *CA) Authorities() []Authority {
-	s := c.state.Load()
-	list := s.authorities("root", s.roots, s.active)
-	list = append(list, Authority{"intermediate", s.signer.cert.Subject.CommonName, "active", keyHash(s.signer.cert), s.signer.cert.NotAfter})
-	return append(list, s.authorities("jwt", s.jwt, s.jwtActive)...)
-}
-
-func (s *state) authorities(kind string, all []*root, active *root) []Authority {
-	var list []Authority
-	phase := "retiring"
-	for _, r := range all {
-		switch {
-		case r == active:
-			phase = "active"
-		case phase != "retiring":
-			phase = "next"
-		}
-		a := Authority{kind, r.cert.Subject.CommonName, phase, keyHash(r.cert), r.cert.NotAfter}
-		if !r.taintedAt.IsZero() {
-			a.State = "tainted"
-		}
-		list = append(list, a)
-	}
-	return list
-}

@@ -63,7 +63,7 @@ func config(t *testing.T, c *clock) Config {
 	t.Cleanup(func() { s.Close() })
 	return Config{
 		TrustDomain: td, KeyDir: filepath.Join(t.TempDir(), "keys"), Store: s, Now: c.Now,
-		RootTTL: 360 * time.Hour, IntermediateTTL: 60 * time.Hour, SVIDTTL: 10 * time.Hour,
+		RootTTL: 360 * time.Hour, IntermediateTTL: 60 * time.Hour, SVIDTTL: 10 * time.Hour, JWTKeyTTL: 120 * time.Hour,
 	}
 }
 
@@ -223,14 +223,14 @@ func TestLintWithholds(t *testing.T) {
 		spoil(tmpl)
 		leaf, err := sign(tmpl, s.signer, key.Public())
 		require.NoError(t, err)
-		issued := &Issued{Chain: []*x509.Certificate{leaf, s.signer.cert}, Bundle: s.bundle()}
-		err = c.lintSVID(issued, Request{ID: payments, Key: key.Public(), Instance: "i1"}, clk.Now(), c.cfg.SVIDTTL)
+		issued := &Issued{Chain: []*x509.Certificate{leaf, s.signer.cert}, Bundle: s.certs()}
+		err = c.lintSVID(issued, Request{ID: payments, Key: key.Public(), Instance: "i1"}, clk.Now())
 		if (err == nil) != (name == "nothing") {
 			t.Errorf("%s: got %v", name, err)
 		}
 	}
 	issued := issue(t, c)
-	if err := c.lintSVID(issued, Request{ID: payments, Key: key.Public(), Instance: "i1"}, clk.Now(), c.cfg.SVIDTTL); err == nil {
+	if err := c.lintSVID(issued, Request{ID: payments, Key: key.Public(), Instance: "i1"}, clk.Now()); err == nil {
 		t.Error("another key: released")
 	}
 }
@@ -339,6 +339,15 @@ func TestOpenSaysWhatIsWrong(t *testing.T) {
 		}, "the certificate is for another key"},
 		{"readable key", func(t *testing.T, cfg *Config) { require.NoError(t, os.Chmod(rootFile(*cfg), 0o640)) }, "run chmod 600"},
 		{"open key folder", func(t *testing.T, cfg *Config) { require.NoError(t, os.Chmod(cfg.KeyDir, 0o755)) }, "run chmod 700"},
+		{"lost JWT key", func(t *testing.T, cfg *Config) {
+			files, err := filepath.Glob(filepath.Join(cfg.KeyDir, "jwt-*.pem"))
+			require.NoError(t, err)
+			require.Len(t, files, 1)
+			require.NoError(t, os.Remove(files[0]))
+		}, "is missing, and JWT key"},
+		{"short JWT key", func(_ *testing.T, cfg *Config) { cfg.JWTKeyTTL = 59 * time.Minute }, "at least 1h"},
+		{"issuer without TLS", func(_ *testing.T, cfg *Config) { cfg.JWTIssuer = "http://id.shop.example" }, "want an https URL"},
+		{"issuer with query", func(_ *testing.T, cfg *Config) { cfg.JWTIssuer = "https://id.shop.example/?a=b" }, "want an https URL"},
 		{"short root", func(_ *testing.T, cfg *Config) { cfg.RootTTL = 359 * time.Hour }, "six times"},
 		{"short intermediate", func(_ *testing.T, cfg *Config) { cfg.IntermediateTTL = 59 * time.Hour }, "six times"},
 		{"bad replica", func(_ *testing.T, cfg *Config) { cfg.Replica = "../x" }, "replica name"},

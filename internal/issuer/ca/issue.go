@@ -30,21 +30,24 @@ type Request struct {
 	// presents the SVID without asking anyone: see [Instance]. It is no part of
 	// the SPIFFE ID and no peer may decide by it. Empty: no subject.
 	Instance string
-	// TTL is how long it lives; zero, or longer than configured: as configured.
+	// TTL is how long the SVID is to live: at least a second, and never longer
+	// than configured. Zero: as configured.
 	TTL time.Duration
 }
 
 // Issued is an X.509-SVID without its private key, and what to trust.
 type Issued struct {
-	Chain  []*x509.Certificate // leaf first, then the intermediate; no root
+	// Chain is leaf first, then the intermediate; no root. For a while after a
+	// taint the new root follows, signed by the tainted one: see [CA.Taint].
+	Chain  []*x509.Certificate
 	Bundle []*x509.Certificate // roots of the trust domain
 }
 
 // Instance returns what [Request] carried when leaf was issued, or "".
 func Instance(leaf *x509.Certificate) string { return leaf.Subject.SerialNumber }
 
-// Issue signs an SVID that lives for the configured time, or as long as its
-// issuer if that is shorter. It refuses IDs of other trust domains, IDs without
+// Issue signs an SVID that lives as the request and the configuration say, or as
+// long as its issuer if that is shorter. It refuses IDs of other trust domains, IDs without
 // a path and IDs under /sallyport/, and releases nothing that does not pass the
 // checks of the X509-SVID standard.
 func (c *CA) Issue(ctx context.Context, req Request) (*Issued, error) {
@@ -67,15 +70,14 @@ func (c *CA) issue(s *state, req Request) (*Issued, error) {
 	if !printable(req.Instance) {
 		return nil, fmt.Errorf("issuing an SVID for %s: instance %q: at most 64 printable ASCII characters", req.ID, req.Instance)
 	}
+	if req.TTL != 0 && req.TTL < time.Second {
+		return nil, fmt.Errorf("issuing an SVID for %s: a life of %v: at least 1s", req.ID, req.TTL)
+	}
 	now := c.cfg.Now()
 	if !now.Before(s.signer.cert.NotAfter) {
 		return nil, fmt.Errorf("issuing an SVID for %s: the signing certificate expired at %s; is the clock right?", req.ID, s.signer.cert.NotAfter.Format(time.RFC3339))
 	}
-	ttl := c.cfg.SVIDTTL
-	if req.TTL > 0 {
-		ttl = min(ttl, req.TTL)
-	}
-	tmpl, err := template(req.ID, now, ttl)
+	tmpl, err := template(req.ID, now, c.lifetime(req))
 	if err != nil {
 		return nil, err
 	}
@@ -86,11 +88,18 @@ func (c *CA) issue(s *state, req Request) (*Issued, error) {
 	if err != nil {
 		return nil, fmt.Errorf("issuing an SVID for %s: %w", req.ID, err)
 	}
-	issued := &Issued{Chain: []*x509.Certificate{leaf, s.signer.cert}, Bundle: s.bundle()}
-	if err := c.lintSVID(issued, req, now, ttl); err != nil {
+	issued := &Issued{Chain: append([]*x509.Certificate{leaf, s.signer.cert}, s.cross...), Bundle: s.certs()}
+	if err := c.lintSVID(issued, req, now); err != nil {
 		return nil, fmt.Errorf("issuing an SVID for %s: certificate withheld: %w", req.ID, err)
 	}
 	return issued, nil
+}
+
+func (c *CA) lifetime(req Request) time.Duration {
+	if req.TTL == 0 {
+		return c.cfg.SVIDTTL
+	}
+	return min(req.TTL, c.cfg.SVIDTTL)
 }
 
 // template returns what leaf and CA certificates have in common.

@@ -9,14 +9,13 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/base64"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/cryptosigner"
 	"github.com/go-jose/go-jose/v4/jwt"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -24,83 +23,64 @@ import (
 )
 
 const (
-	// JWTTTL is how long a JWT-SVID lives: nobody can take it back once it is out.
+	// JWTTTL is how long a JWT-SVID lives at most: nobody can take it back once
+	// it is out.
 	JWTTTL = 5 * time.Minute
-	// MaxAudiences and MaxAudience, in bytes, bound what a JWT-SVID is good for.
+	// MaxAudiences, and MaxAudience in bytes, bound what a JWT-SVID is good for.
 	MaxAudiences = 16
 	MaxAudience  = 1024
 )
 
 // JWTRequest asks for a JWT-SVID.
 type JWTRequest struct {
-	ID       spiffeid.ID
-	Audience []string // 1 to MaxAudiences
+	ID spiffeid.ID
+	// Audience says who may accept the token; see [CheckAudience].
+	Audience []string
+	// TTL: at least a second, and never longer than [JWTTTL]. Zero: JWTTTL.
+	TTL time.Duration
 }
 
-// JWT is an issued JWT-SVID.
+// JWT is a JWT-SVID.
 type JWT struct {
-	Token   string // compact JWS
-	ID      string // jti: names it in the audit log
-	Issued  time.Time
-	Expires time.Time
+	Token           string // compact form (JWT-SVID 1, 5.1)
+	ID              string // the claim jti, unique, for the audit log
+	Issued, Expires time.Time
 }
 
-// newJWTKey makes a JWT signing key: P-256, for ES256. Its certificate is a form
-// to keep it in; the common name is the key id, the RFC 7638 thumbprint.
-func (c *CA) newJWTKey(now time.Time) (*authority, *ecdsa.PrivateKey, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, nil, fmt.Errorf("making a JWT key: %w", err)
-	}
-	kid, err := (&jose.JSONWebKey{Key: key.Public()}).Thumbprint(crypto.SHA256)
-	if err != nil {
-		return nil, nil, fmt.Errorf("naming a JWT key: %w", err)
-	}
-	tmpl, err := template(c.td.ID(), now, c.cfg.JWTKeyTTL)
-	if err != nil {
-		return nil, nil, err
-	}
-	tmpl.Subject = pkix.Name{CommonName: base64.RawURLEncoding.EncodeToString(kid)}
-	tmpl.KeyUsage = x509.KeyUsageDigitalSignature
-	cert, err := sign(tmpl, &authority{signer: key}, key.Public())
-	if err != nil {
-		return nil, nil, fmt.Errorf("making a JWT key: %w", err)
-	}
-	return &authority{cert, key}, key, nil
-}
-
-// jwtClaims are those of JWT-SVID sections 3.1 to 3.3, and those by which others
-// tell tokens apart (RFC 7519 section 4.1).
-type jwtClaims struct {
-	Subject  string   `json:"sub"`
-	Audience []string `json:"aud"`
-	Expiry   int64    `json:"exp"`
-	IssuedAt int64    `json:"iat"`
-	Issuer   string   `json:"iss,omitempty"`
-	ID       string   `json:"jti"`
-}
-
-// IssueJWT signs a JWT-SVID (ES256) that lives for [JWTTTL]. It refuses IDs of
-// other trust domains, IDs without a path and IDs under /sallyport/, and releases
-// nothing that a validator would refuse.
+// IssueJWT signs a JWT-SVID with ES256. Its header has alg, kid and typ and
+// nothing else (JWT-SVID 2); its claims are sub, aud, exp, iat, jti and, where
+// the configuration names an issuer URL, iss. It refuses IDs of other trust
+// domains, IDs without a path, IDs under /sallyport/ and an empty audience, and
+// releases nothing that does not pass the checks of the JWT-SVID standard.
 func (c *CA) IssueJWT(ctx context.Context, req JWTRequest) (JWT, error) {
 	if err := ctx.Err(); err != nil {
 		return JWT{}, err
 	}
-	if identity.Reserved(req.ID) || !req.ID.MemberOf(c.td) || req.ID.Path() == "" {
-		return JWT{}, fmt.Errorf("issuing a JWT-SVID for %q: not a workload of trust domain %s", req.ID, c.td)
+	now := c.cfg.Now()
+	s := c.state.Load()
+	if err := c.checkJWTRequest(req); err != nil {
+		return JWT{}, fmt.Errorf("issuing a JWT-SVID for %q: %w", req.ID, err)
 	}
-	if err := CheckAudience(req.Audience); err != nil {
-		return JWT{}, fmt.Errorf("issuing a JWT-SVID for %s: %w", req.ID, err)
-	}
-	out, err := c.signJWT(req)
+	issued, err := c.signJWT(s, req, now)
 	if err != nil {
 		return JWT{}, fmt.Errorf("issuing a JWT-SVID for %s: %w", req.ID, err)
 	}
-	if err := c.lintJWT(out, req); err != nil {
+	if err := c.lintJWT(s, issued.Token, req, now); err != nil {
 		return JWT{}, fmt.Errorf("issuing a JWT-SVID for %s: token withheld: %w", req.ID, err)
 	}
-	return out, nil
+	return issued, nil
+}
+
+func (c *CA) checkJWTRequest(req JWTRequest) error {
+	switch {
+	case !req.ID.MemberOf(c.td) || req.ID.Path() == "":
+		return fmt.Errorf("not a workload of trust domain %s", c.td)
+	case identity.Reserved(req.ID):
+		return errors.New("reserved for the control plane")
+	case req.TTL != 0 && req.TTL < time.Second:
+		return fmt.Errorf("a life of %v: at least 1s", req.TTL)
+	}
+	return CheckAudience(req.Audience)
 }
 
 // CheckAudience refuses an empty audience, more than [MaxAudiences], and ones
@@ -117,63 +97,70 @@ func CheckAudience(audience []string) error {
 	return nil
 }
 
-func (c *CA) signJWT(req JWTRequest) (JWT, error) {
-	key := c.state.Load().jwtActive
-	now := c.cfg.Now()
-	if !now.Add(JWTTTL).Before(key.cert.NotAfter) {
-		return JWT{}, fmt.Errorf("the JWT key ends at %s; is the clock right?", key.cert.NotAfter.Format(time.RFC3339))
+// signJWT never lets a token outlive its key, which leaves the bundle then.
+func (c *CA) signJWT(s *state, req JWTRequest, now time.Time) (JWT, error) {
+	ttl := JWTTTL
+	if req.TTL != 0 {
+		ttl = min(req.TTL, JWTTTL)
 	}
-	signer, err := jose.NewSigner(
-		jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: key.signer, KeyID: key.cert.Subject.CommonName}},
-		(&jose.SignerOptions{}).WithType("JWT"))
+	start := now.UTC().Truncate(time.Second)
+	end := start.Add(ttl)
+	if last := s.jwt.cert.NotAfter; end.After(last) {
+		end = last
+	}
+	if !end.After(now) {
+		return JWT{}, fmt.Errorf("the signing key expired at %s; is the clock right?", s.jwt.cert.NotAfter.Format(time.RFC3339))
+	}
+	kid, err := keyID(s.jwt.cert.PublicKey)
+	if err != nil {
+		return JWT{}, err
+	}
+	key := jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: cryptosigner.Opaque(s.jwt.signer), KeyID: kid}}
+	signer, err := jose.NewSigner(key, (&jose.SignerOptions{}).WithType("JWT"))
 	if err != nil {
 		return JWT{}, fmt.Errorf("signing: %w", err)
 	}
-	id := make([]byte, 16)
-	if _, err := rand.Read(id); err != nil {
-		return JWT{}, fmt.Errorf("naming a token: %w", err)
-	}
-	out := JWT{ID: hex.EncodeToString(id), Issued: now.Truncate(time.Second), Expires: now.Add(JWTTTL).Truncate(time.Second)}
-	out.Token, err = jwt.Signed(signer).Claims(jwtClaims{
-		Subject: req.ID.String(), Audience: req.Audience, Issuer: c.cfg.JWTIssuer, ID: out.ID,
-		IssuedAt: out.Issued.Unix(), Expiry: out.Expires.Unix(),
+	serial := rand.Text()
+	token, err := jwt.Signed(signer).Claims(jwt.Claims{
+		Issuer: c.cfg.JWTIssuer, Subject: req.ID.String(), Audience: req.Audience,
+		Expiry: jwt.NewNumericDate(end), IssuedAt: jwt.NewNumericDate(start), ID: serial,
 	}).Serialize()
 	if err != nil {
 		return JWT{}, fmt.Errorf("signing: %w", err)
 	}
-	return out, nil
+	return JWT{Token: token, ID: serial, Issued: start, Expires: end}, nil
 }
 
-// lintJWT reads a token back as any validator would: header [JWT-SVID 2], claims
-// [3] and signature, by the published keys.
-func (c *CA) lintJWT(t JWT, req JWTRequest) error {
-	tok, err := jwt.ParseSigned(t.Token, []jose.SignatureAlgorithm{jose.ES256})
+// keyID is the RFC 7638 thumbprint of a key, base64url.
+func keyID(pub crypto.PublicKey) (string, error) {
+	sum, err := (&jose.JSONWebKey{Key: pub}).Thumbprint(crypto.SHA256)
 	if err != nil {
-		return fmt.Errorf("a validator would refuse it: %w", err)
+		return "", fmt.Errorf("naming a JWT key: %w", err)
 	}
-	if len(tok.Headers) != 1 {
-		return errors.New("not one signature")
+	return base64.RawURLEncoding.EncodeToString(sum), nil
+}
+
+// newJWTKey makes a key that signs JWT-SVIDs, with the certificate that package
+// ca keeps it with, which has the key ID as common name. No peer accepts that certificate: it is no authority, and
+// its ID has no path.
+func (c *CA) newJWTKey(now time.Time) (*authority, *ecdsa.PrivateKey, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, nil, fmt.Errorf("making a new JWT key: %w", err)
 	}
-	h := tok.Headers[0]
-	if typ, _ := h.ExtraHeaders[jose.HeaderType].(string); typ != "JWT" || len(h.ExtraHeaders) != 1 || h.JSONWebKey != nil || h.Nonce != "" {
-		return errors.New("a header besides alg, kid and typ")
+	tmpl, err := template(c.td.ID(), now, c.cfg.JWTKeyTTL)
+	if err != nil {
+		return nil, nil, err
 	}
-	key, ok := c.state.Load().published.FindJWTAuthority(h.KeyID)
-	if !ok {
-		return fmt.Errorf("key %q is not published", h.KeyID)
+	kid, err := keyID(key.Public())
+	if err != nil {
+		return nil, nil, err
 	}
-	var got jwtClaims
-	if err := tok.Claims(key, &got); err != nil {
-		return fmt.Errorf("a validator would refuse it: %w", err)
+	tmpl.Subject = pkix.Name{CommonName: kid}
+	tmpl.KeyUsage = x509.KeyUsageDigitalSignature
+	cert, err := sign(tmpl, &authority{signer: key}, key.Public())
+	if err != nil {
+		return nil, nil, fmt.Errorf("making a new JWT key: %w", err)
 	}
-	now := c.cfg.Now()
-	switch {
-	case got.Subject != req.ID.String():
-		return fmt.Errorf("names %s", got.Subject)
-	case !slices.Equal(got.Audience, req.Audience):
-		return errors.New("not for the requested audience")
-	case got.Expiry <= now.Unix() || got.Expiry > now.Add(JWTTTL).Unix() || got.IssuedAt > now.Unix():
-		return errors.New("not valid now, or longer than promised")
-	}
-	return nil
+	return &authority{cert, key}, key, nil
 }

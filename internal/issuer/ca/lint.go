@@ -25,7 +25,7 @@ var (
 )
 
 // lintSVID checks a leaf against the request and the bundle it goes out with.
-func (c *CA) lintSVID(issued *Issued, req Request, now time.Time, ttl time.Duration) error {
+func (c *CA) lintSVID(issued *Issued, req Request, now time.Time) error {
 	leaf, issuer := issued.Chain[0], issued.Chain[1]
 	if err := lintNames(leaf, req.ID); err != nil {
 		return err
@@ -33,8 +33,11 @@ func (c *CA) lintSVID(issued *Issued, req Request, now time.Time, ttl time.Durat
 	if err := lintLeafUsage(leaf); err != nil {
 		return err
 	}
-	if err := lintTimes(leaf, issuer, now, ttl); err != nil {
+	if err := lintTimes(leaf, issuer, now, c.cfg.SVIDTTL); err != nil {
 		return err
+	}
+	if req.TTL != 0 && leaf.NotAfter.After(now.Add(req.TTL)) {
+		return fmt.Errorf("valid until %s, longer than the %v asked for", leaf.NotAfter, req.TTL)
 	}
 	if key, ok := req.Key.(interface{ Equal(crypto.PublicKey) bool }); !ok || !key.Equal(leaf.PublicKey) {
 		return errors.New("not for the requested key")

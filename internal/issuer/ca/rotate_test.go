@@ -16,7 +16,7 @@ import (
 
 func states(c *CA) (list []string) {
 	for _, a := range c.Authorities() {
-		if a.Kind == "root" {
+		if a.Kind == KindRoot {
 			list = append(list, a.State)
 		}
 	}
@@ -215,7 +215,7 @@ func TestCrashBetweenAnyTwoSteps(t *testing.T) {
 		}
 	}
 	for range 30 {
-		known := c.X509Roots()
+		known := c.Bundle()
 		taken := len(snaps.list)
 		clk.Add(15 * time.Hour)
 		require.NoError(t, c.Advance(t.Context()))
@@ -223,8 +223,11 @@ func TestCrashBetweenAnyTwoSteps(t *testing.T) {
 		for i, snap := range snaps.list[taken:] {
 			again, err := Open(t.Context(), snap.restore(t, cfg))
 			require.NoError(t, err, "crash point %d", i)
-			if err := verify(issue(t, again).Chain, known, clk.Now()); err != nil {
+			if err := verify(issue(t, again).Chain, known.X509Authorities(), clk.Now()); err != nil {
 				t.Errorf("crash point %d: a peer of before refuses: %v", i, err)
+			}
+			if err := verifyJWT(issueJWT(t, again), known, clk.Now()); err != nil {
+				t.Errorf("crash point %d: a peer of before refuses a token: %v", i, err)
 			}
 			left, err := filepath.Glob(filepath.Join(again.cfg.KeyDir, ".new-*"))
 			require.NoError(t, err)
@@ -261,7 +264,7 @@ func TestRunRotatesAndFollowsTheOtherReplica(t *testing.T) {
 	go func() { done <- b.Run(ctx) }()
 	clk.Add(180 * time.Hour)
 	require.Eventually(t, func() bool {
-		return a.Advance(t.Context()) == nil && sameCerts(a.X509Roots(), b.X509Roots()) && len(b.X509Roots()) >= 2 // both may have made one
+		return a.Advance(t.Context()) == nil && a.Bundle().Equal(b.Bundle()) && len(b.X509Roots()) >= 2 // both may have made one
 	}, 5*time.Second, time.Millisecond)
 	cancel()
 	require.NoError(t, <-done)

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
@@ -19,7 +20,8 @@ import (
 type serverSVID struct {
 	svid    *x509svid.SVID
 	issuer  *x509.Certificate
-	roots   []*x509.Certificate
+	cross   []*x509.Certificate
+	bundle  *spiffebundle.Bundle
 	renewAt time.Time
 }
 
@@ -31,8 +33,7 @@ func (c *CA) ServerSVID() identity.Source { return &c.live }
 
 // advanceServer returns the present SVID while it fits the state and is young.
 func (c *CA) advanceServer(s *state, now time.Time) (*serverSVID, error) {
-	bundle := s.bundle()
-	if h := c.server; h != nil && now.Before(h.renewAt) && h.issuer.Equal(s.signer.cert) && sameCerts(h.roots, bundle) {
+	if h := c.server; h != nil && now.Before(h.renewAt) && h.issuer.Equal(s.signer.cert) && sameCerts(h.cross, s.serverCross) && h.bundle.Equal(s.bundle) {
 		return h, nil
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -47,11 +48,12 @@ func (c *CA) advanceServer(s *state, now time.Time) (*serverSVID, error) {
 	if err != nil {
 		return nil, err
 	}
-	chain := append(slices.Clone(issued.Chain), s.active.cert)
+	chain := slices.Concat(issued.Chain[:2], s.serverCross, []*x509.Certificate{s.active.cert})
 	return &serverSVID{
 		svid:    &x509svid.SVID{ID: id, Certificates: chain, PrivateKey: key},
 		issuer:  s.signer.cert,
-		roots:   bundle,
+		cross:   s.serverCross,
+		bundle:  s.bundle,
 		renewAt: now.Add(issued.Chain[0].NotAfter.Sub(now) / 24),
 	}, nil
 }
