@@ -20,7 +20,7 @@ RACE        := $(if $(CC_FOUND),-race)
 # name → package of every program
 PROGRAMS := sallyport-controlplane=./cmd/controlplane sallyport-proxy=./cmd/proxy sallyport=./cmd/sallyport shop=./examples/shop
 
-.PHONY: help build demo test smoke e2e lint vuln fuzz proto clean have-go
+.PHONY: help build pkcs11 demo test smoke e2e lint vuln fuzz proto clean have-go
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,10 @@ build: have-go ## build the programs into bin/: static, stripped, version stampe
 	@for p in $(PROGRAMS); do \
 	  CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o "bin/$${p%%=*}" "$${p#*=}"; \
 	done
+
+pkcs11: have-go ## build bin/sallyport-pkcs11, for roots in a PKCS#11 token (needs a C compiler)
+	@mkdir -p bin
+	@CGO_ENABLED=1 go build -tags pkcs11 -trimpath -ldflags '-s -w' -o bin/sallyport-pkcs11 ./internal/issuer/ca/pkcs11
 
 demo: build ## run the example shop until Ctrl-C
 	@exec bin/sallyport up examples/shop
@@ -52,6 +56,7 @@ lint: have-go ## check format, vet, staticcheck and the import rows
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "not formatted:"; echo "$$unformatted"; exit 1; }
 	@go vet ./...
 	@go vet -tags smoke,e2e ./test/... ./internal/meshtest ./internal/peercred
+	@$(if $(CC_FOUND),CGO_ENABLED=1 go vet -tags pkcs11 ./internal/issuer/ca/pkcs11)
 	@GOTOOLCHAIN=go$(GO_VERSION)+auto go run $(STATICCHECK) -tags smoke,e2e ./...
 	@go test -count=1 ./internal/arch
 

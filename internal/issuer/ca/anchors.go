@@ -2,8 +2,9 @@ package ca
 
 import (
 	"context"
-	"crypto/ecdsa"
 	"crypto/x509"
+	"encoding/pem"
+	"errors"
 	"fmt"
 	"io/fs"
 	"slices"
@@ -34,7 +35,7 @@ type line struct {
 	kind  string // of Authority
 	isCA  bool   // what the certificates say
 	// make makes an anchor with a new key. It writes nothing.
-	make func(c *CA, now time.Time) (*authority, *ecdsa.PrivateKey, error)
+	make func(c *CA, now time.Time) (*authority, *pem.Block, error)
 }
 
 var (
@@ -136,7 +137,11 @@ func (c *CA) advanceLine(ctx context.Context, b *book, l *line, now time.Time) (
 		c.log.Error("every root has expired while no control plane ran; all sidecars need new join tokens")
 	}
 	if err := c.add(ctx, b, l, active, now); err != nil {
-		return nil, err
+		if active == nil || errors.Is(err, store.ErrConflict) {
+			return nil, err
+		}
+		b.problems = append(b.problems, err)
+		return active, nil
 	}
 	return c.schedule(b.of(l), now), nil
 }

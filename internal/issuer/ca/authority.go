@@ -1,11 +1,9 @@
 package ca
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/pem"
 	"fmt"
 	"time"
 )
@@ -17,19 +15,19 @@ func made(cert *x509.Certificate) time.Time { return cert.NotBefore.Add(Backdate
 func life(cert *x509.Certificate) time.Duration { return cert.NotAfter.Sub(made(cert)) }
 
 // newRoot makes a self-signed root with a new key. It writes nothing.
-func (c *CA) newRoot(now time.Time) (*authority, *ecdsa.PrivateKey, error) {
-	return c.newAuthority(nil, now, "root", c.cfg.RootTTL)
+func (c *CA) newRoot(now time.Time) (*authority, *pem.Block, error) {
+	return c.newAuthority(nil, c.newRootKey, now, "root", c.cfg.RootTTL)
 }
 
 // newIntermediate makes an intermediate with a new key. It writes nothing.
-func (c *CA) newIntermediate(parent *authority, now time.Time) (*authority, *ecdsa.PrivateKey, error) {
-	return c.newAuthority(parent, now, "intermediate "+c.cfg.Replica, c.cfg.IntermediateTTL)
+func (c *CA) newIntermediate(parent *authority, now time.Time) (*authority, *pem.Block, error) {
+	return c.newAuthority(parent, newFileKey, now, "intermediate "+c.cfg.Replica, c.cfg.IntermediateTTL)
 }
 
 // newAuthority gives each authority a subject of its own: with two issuers of
 // one subject a verifier would have to try each signature.
-func (c *CA) newAuthority(parent *authority, now time.Time, kind string, ttl time.Duration) (*authority, *ecdsa.PrivateKey, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+func (c *CA) newAuthority(parent *authority, newKey func() (Signer, *pem.Block, error), now time.Time, kind string, ttl time.Duration) (*authority, *pem.Block, error) {
+	key, block, err := newKey()
 	if err != nil {
 		return nil, nil, fmt.Errorf("making the key of a new %s: %w", kind, err)
 	}
@@ -60,5 +58,5 @@ func (c *CA) newAuthority(parent *authority, now time.Time, kind string, ttl tim
 	if err := lintCA(cert, issuer, c.td, now, ttl); err != nil {
 		return nil, nil, fmt.Errorf("making a new %s: certificate withheld: %w", kind, err)
 	}
-	return &authority{cert, key}, key, nil
+	return &authority{cert: cert, signer: key}, block, nil
 }

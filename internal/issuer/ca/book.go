@@ -48,6 +48,7 @@ type book struct {
 	anchors    map[*line]map[string]*anchor // :: line → name → anchor
 	issuers    map[string]*issuerRecord     // :: key hash → intermediate of any replica
 	tainted    map[string]*Tainted          // :: key hash → why it is not believed
+	problems   []error                      // what could not be done, and did not have to be yet
 	seq        uint64                       // of the bundle that the anchors make
 	tdRev, gen int64                        // for compare-and-swap; zero: absent
 }

@@ -9,7 +9,6 @@ package ca
 
 import (
 	"context"
-	"crypto"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -26,10 +25,6 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/store"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
-
-// Signer is all that the CA asks of a private key, so that a key may live in a
-// file, in a PKCS#11 token or in a key service. This package has the file form.
-type Signer interface{ crypto.Signer }
 
 // Config configures a [CA].
 type Config struct {
@@ -56,6 +51,9 @@ type Config struct {
 	// JWTIssuer is the claim iss of JWT-SVIDs: an https URL where OpenID Connect
 	// discovery is served. Empty: no such claim.
 	JWTIssuer string
+
+	// Signer says where the keys above the intermediates are.
+	Signer SignerConfig
 
 	Now func() time.Time // nil: time.Now
 	Log hclog.Logger     // nil: discard
@@ -117,6 +115,9 @@ func (cfg Config) validate() error {
 	case cfg.TaintGrace < 0:
 		return fmt.Errorf("opening the CA: a taint grace of %v", cfg.TaintGrace)
 	}
+	if err := cfg.Signer.validate(); err != nil {
+		return err
+	}
 	return cfg.validateIssuer()
 }
 
@@ -140,9 +141,14 @@ type CA struct {
 	live identity.Live
 	log  hclog.Logger
 
-	state  atomic.Pointer[state]
-	mu     sync.Mutex  // held while the state is advanced
-	server *serverSVID // the SVID in live; guarded by mu
+	state atomic.Pointer[state]
+	// problem is what the last Advance returned.
+	problem atomic.Pointer[error]
+
+	mu      sync.Mutex  // held while the state is advanced
+	server  *serverSVID // the SVID in live; guarded by mu
+	checked time.Time   // when the token was last asked; guarded by mu
+	token   error       // what it said; guarded by mu
 }
 
 // state is an immutable snapshot of what the CA signs with and publishes.
@@ -169,11 +175,12 @@ func Open(ctx context.Context, cfg Config) (*CA, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	c := &CA{cfg: cfg, keys: keyDir{path: cfg.KeyDir, replica: cfg.Replica}, log: cfg.Log.Named("ca")}
+	c := &CA{cfg: cfg, keys: keyDir{path: cfg.KeyDir, replica: cfg.Replica, token: cfg.Signer.PKCS11}, log: cfg.Log.Named("ca")}
 	if err := c.keys.prepare(); err != nil {
 		return nil, err
 	}
-	if err := c.Advance(ctx); err != nil {
+	// What could not be done and did not have to be is no reason not to start.
+	if err := c.Advance(ctx); err != nil && c.state.Load() == nil {
 		return nil, err
 	}
 	return c, nil

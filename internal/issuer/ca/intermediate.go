@@ -32,25 +32,38 @@ func decodeIssuer(data []byte) (*issuerRecord, error) {
 	return &rec, err
 }
 
-// advanceIntermediate returns this replica's intermediate: the one on disk while
-// the active root signed it, it is believed and half of its life is not over,
-// else a new one. Peers learn it from each chain, so it needs no publication.
-func (c *CA) advanceIntermediate(ctx context.Context, b *book, active *anchor, now time.Time) (*authority, error) {
+// advanceIntermediate returns this replica's intermediate and the root above it:
+// the one on disk while the active root signed it, it is believed and half of its
+// life is not over, else a new one. Peers learn it from each chain, so it needs
+// no publication. While no new one can be made, the present one goes on.
+func (c *CA) advanceIntermediate(ctx context.Context, b *book, active *anchor, now time.Time) (*authority, *anchor, error) {
 	name := "intermediate-" + c.cfg.Replica
 	have, err := c.keys.load(name)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
-		return nil, err
+		return nil, nil, err
 	default:
 		if err := c.checkOwn(have.cert, name, true); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		if c.usable(b, have, active, now) {
-			return have, c.recordIssuer(ctx, b, have, active, now)
+			return have, active, c.recordIssuer(ctx, b, have, active, now)
 		}
 	}
-	fresh, key, err := c.newIntermediate(&authority{active.cert, active.signer}, now)
+	fresh, err := c.makeIntermediate(name, active, now)
+	if err == nil {
+		return fresh, active, c.recordIssuer(ctx, b, fresh, active, now)
+	}
+	if root := b.stillGood(have, now); root != nil {
+		b.problems = append(b.problems, err)
+		return have, root, nil
+	}
+	return nil, nil, err
+}
+
+func (c *CA) makeIntermediate(name string, active *anchor, now time.Time) (*authority, error) {
+	fresh, key, err := c.newIntermediate(&authority{cert: active.cert, signer: active.signer}, now)
 	if err != nil {
 		return nil, err
 	}
@@ -58,7 +71,16 @@ func (c *CA) advanceIntermediate(ctx context.Context, b *book, active *anchor, n
 		return nil, err
 	}
 	c.log.Info("made a new intermediate", "subject", fresh.cert.Subject.CommonName, "not_after", fresh.cert.NotAfter)
-	return fresh, c.recordIssuer(ctx, b, fresh, active, now)
+	return fresh, nil
+}
+
+// stillGood returns the root above an intermediate that is valid and believed;
+// else nil.
+func (b *book) stillGood(a *authority, now time.Time) *anchor {
+	if a == nil || b.tainted[keyHash(a.cert)] != nil {
+		return nil
+	}
+	return a.rootAmong(b.of(rootLine), now)
 }
 
 func (c *CA) usable(b *book, a *authority, active *anchor, now time.Time) bool {

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"math/big"
 	"net/url"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -37,7 +38,8 @@ type Request struct {
 
 // Issued is an X.509-SVID without its private key, and what to trust.
 type Issued struct {
-	// Chain is leaf first, then the intermediate; no root. For a while after a
+	// Chain is leaf first, then the intermediate and, of an upstream CA, those
+	// above it; no root. For a while after a
 	// taint the new root follows, signed by the tainted one: see [CA.Taint].
 	Chain  []*x509.Certificate
 	Bundle []*x509.Certificate // roots of the trust domain
@@ -88,7 +90,7 @@ func (c *CA) issue(s *state, req Request) (*Issued, error) {
 	if err != nil {
 		return nil, fmt.Errorf("issuing an SVID for %s: %w", req.ID, err)
 	}
-	issued := &Issued{Chain: append([]*x509.Certificate{leaf, s.signer.cert}, s.cross...), Bundle: s.certs()}
+	issued := &Issued{Chain: slices.Concat([]*x509.Certificate{leaf, s.signer.cert}, s.signer.above, s.cross), Bundle: s.certs()}
 	if err := c.lintSVID(issued, req, now); err != nil {
 		return nil, fmt.Errorf("issuing an SVID for %s: certificate withheld: %w", req.ID, err)
 	}

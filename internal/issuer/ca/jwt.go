@@ -3,12 +3,11 @@ package ca
 import (
 	"context"
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/base64"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"strings"
@@ -143,8 +142,8 @@ func keyID(pub crypto.PublicKey) (string, error) {
 // newJWTKey makes a key that signs JWT-SVIDs, with the certificate that package
 // ca keeps it with, which has the key ID as common name. No peer accepts that certificate: it is no authority, and
 // its ID has no path.
-func (c *CA) newJWTKey(now time.Time) (*authority, *ecdsa.PrivateKey, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+func (c *CA) newJWTKey(now time.Time) (*authority, *pem.Block, error) {
+	key, block, err := newFileKey()
 	if err != nil {
 		return nil, nil, fmt.Errorf("making a new JWT key: %w", err)
 	}
@@ -162,5 +161,5 @@ func (c *CA) newJWTKey(now time.Time) (*authority, *ecdsa.PrivateKey, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("making a new JWT key: %w", err)
 	}
-	return &authority{cert, key}, key, nil
+	return &authority{cert: cert, signer: key}, block, nil
 }

@@ -13,18 +13,20 @@ import (
 	"syscall"
 )
 
-// keyDir is a folder of key files. Each file holds one private key (PKCS#8) and
-// the certificate for it, both PEM, so that neither can be lost alone, and is
+// keyDir is a folder of key files. Each file holds one private key (PKCS#8), or
+// the ID of one in a PKCS#11 token, and the certificate for it, both PEM, so that neither can be lost alone, and is
 // replaced by rename, so that a crash leaves the old file or the new one.
 type keyDir struct {
 	path    string
 	replica string
+	token   PKCS11 // for key files whose key is in a token
 }
 
 // authority is a signing certificate with its key.
 type authority struct {
 	cert   *x509.Certificate
 	signer Signer
+	above  []*x509.Certificate // of an intermediate of an upstream CA: what leads to a root
 }
 
 const maxKeyFile = 64 << 10
@@ -95,7 +97,7 @@ func (d keyDir) load(name string) (*authority, error) {
 	if err != nil {
 		return nil, fmt.Errorf("loading a CA key: %w", err)
 	}
-	a, err := decodeAuthority(data)
+	a, err := d.decode(data)
 	if err != nil {
 		return nil, corrupt(path, err)
 	}
@@ -106,14 +108,25 @@ func corrupt(path string, err error) error {
 	return fmt.Errorf("CA key file %s is corrupt (%w): restore it from a backup", path, err)
 }
 
-func decodeAuthority(data []byte) (*authority, error) {
+func (d keyDir) decode(data []byte) (*authority, error) {
 	keyBlock, rest := pem.Decode(data)
-	if keyBlock == nil || keyBlock.Type != "PRIVATE KEY" {
+	if keyBlock == nil || keyBlock.Type != blockPrivateKey && keyBlock.Type != blockTokenKey {
 		return nil, errors.New("no PRIVATE KEY block")
 	}
 	certBlock, _ := pem.Decode(rest)
 	if certBlock == nil || certBlock.Type != "CERTIFICATE" {
 		return nil, errors.New("no CERTIFICATE block")
+	}
+	cert, err := x509.ParseCertificate(certBlock.Bytes)
+	if err != nil {
+		return nil, fmt.Errorf("parsing the certificate: %w", err)
+	}
+	pub, ok := cert.PublicKey.(*ecdsa.PublicKey)
+	if !ok {
+		return nil, fmt.Errorf("a certificate for a %T, not an ECDSA key", cert.PublicKey)
+	}
+	if keyBlock.Type == blockTokenKey {
+		return &authority{cert: cert, signer: &tokenKey{d.token, keyBlock.Bytes, pub}}, nil
 	}
 	key, err := x509.ParsePKCS8PrivateKey(keyBlock.Bytes)
 	if err != nil {
@@ -123,23 +136,15 @@ func decodeAuthority(data []byte) (*authority, error) {
 	if !ok {
 		return nil, fmt.Errorf("a %T, not an ECDSA key", key)
 	}
-	cert, err := x509.ParseCertificate(certBlock.Bytes)
-	if err != nil {
-		return nil, fmt.Errorf("parsing the certificate: %w", err)
-	}
-	if !signer.PublicKey.Equal(cert.PublicKey) {
+	if !signer.PublicKey.Equal(pub) {
 		return nil, errors.New("the certificate is for another key")
 	}
-	return &authority{cert, signer}, nil
+	return &authority{cert: cert, signer: signer}, nil
 }
 
 // save writes a key file durably: when it returns, file and name survive a crash.
-func (d keyDir) save(name string, cert *x509.Certificate, key *ecdsa.PrivateKey) error {
-	der, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return fmt.Errorf("encoding CA key %s: %w", name, err)
-	}
-	data := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
+func (d keyDir) save(name string, cert *x509.Certificate, key *pem.Block) error {
+	data := pem.EncodeToMemory(key)
 	data = append(data, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw})...)
 	tmp, err := os.CreateTemp(d.path, d.tempPrefix()) // 0600
 	if err != nil {

@@ -95,7 +95,9 @@ func (c *CA) Advance(ctx context.Context) error {
 }
 
 func (c *CA) advanceLocked(ctx context.Context) error {
-	return c.retry(func() error { return c.advance(ctx, c.cfg.Now()) })
+	err := c.retry(func() error { return c.advance(ctx, c.cfg.Now()) })
+	c.problem.Store(&err)
+	return err
 }
 
 // retry runs do again after a conflict, which means that another replica rotates
@@ -117,16 +119,8 @@ func (c *CA) advance(ctx context.Context, now time.Time) error {
 	if err := c.fixTrustDomain(b); err != nil {
 		return err
 	}
-	for _, l := range lines {
-		if err := c.attachKeys(ctx, b, l, now); err != nil {
-			return err
-		}
-	}
-	next, forgetting, err := c.advanceAnchors(ctx, b, now)
-	if err != nil {
-		return err
-	}
-	if next.signer, err = c.advanceIntermediate(ctx, b, next.active, now); err != nil {
+	next := &state{superseded: make(chan struct{})}
+	if err := c.advanceAnchors(ctx, b, next, now); err != nil {
 		return err
 	}
 	c.describe(next, b, now)
@@ -135,24 +129,49 @@ func (c *CA) advance(ctx context.Context, now time.Time) error {
 		return err
 	}
 	c.install(next, server)
-	return forgetting
+	c.checkToken(b, next, now)
+	return errors.Join(b.problems...)
 }
 
-// advanceAnchors makes what is due of roots and JWT keys. Its first error says
-// only that an expired one could not be forgotten: it stays in the bundle a while
-// longer, and peers do not believe it.
-func (c *CA) advanceAnchors(ctx context.Context, b *book, now time.Time) (next *state, forgetting, err error) {
-	next = &state{superseded: make(chan struct{})}
-	if next.active, err = c.advanceLine(ctx, b, rootLine, now); err != nil {
-		return nil, nil, err
+// advanceAnchors makes what is due of roots, JWT keys and this replica's
+// intermediate, and fills in who signs and what is published.
+func (c *CA) advanceAnchors(ctx context.Context, b *book, next *state, now time.Time) (err error) {
+	upstream := c.cfg.Signer.Upstream != (Upstream{})
+	for _, l := range lines {
+		if l == rootLine && upstream {
+			continue
+		}
+		if err := c.attachKeys(ctx, b, l, now); err != nil {
+			return err
+		}
+	}
+	if upstream {
+		next.signer, next.active, err = c.followUpstream(ctx, b, now)
+	} else {
+		next.active, err = c.advanceLine(ctx, b, rootLine, now)
+	}
+	if err != nil {
+		return err
 	}
 	if next.jwt, err = c.advanceLine(ctx, b, jwtLine, now); err != nil {
-		return nil, nil, err
+		return err
 	}
-	forgetting = c.forget(ctx, b, now)
+	// What cannot be forgotten stays in the bundle a while longer, and peers do
+	// not believe it.
+	if err := c.forget(ctx, b, now); err != nil {
+		b.problems = append(b.problems, err)
+	}
+	if upstream {
+		err = c.recordIssuer(ctx, b, next.signer, next.active, now)
+	} else {
+		next.signer, next.active, err = c.advanceIntermediate(ctx, b, next.active, now)
+	}
+	if err != nil {
+		return err
+	}
 	next.roots, next.jwts = b.of(rootLine), b.of(jwtLine)
 	next.bundle, err = c.makeBundle(next, b)
-	return next, forgetting, err
+	return err
 }
 
 // install publishes a new state, unless nothing changed, and the server's SVID.

@@ -241,7 +241,7 @@ func TestCrashBetweenAnyTwoSteps(t *testing.T) {
 func firstRoot(t *testing.T, s snapshot) [32]byte {
 	for name, data := range s.files {
 		if ok, _ := filepath.Match("root-*", name); ok {
-			a, err := decodeAuthority(data)
+			a, err := keyDir{}.decode(data)
 			require.NoError(t, err)
 			return sha256.Sum256(a.cert.RawSubjectPublicKeyInfo)
 		}

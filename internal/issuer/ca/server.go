@@ -48,7 +48,7 @@ func (c *CA) advanceServer(s *state, now time.Time) (*serverSVID, error) {
 	if err != nil {
 		return nil, err
 	}
-	chain := slices.Concat(issued.Chain[:2], s.serverCross, []*x509.Certificate{s.active.cert})
+	chain := slices.Concat(issued.Chain[:2], s.signer.above, s.serverCross, []*x509.Certificate{s.active.cert})
 	return &serverSVID{
 		svid:    &x509svid.SVID{ID: id, Certificates: chain, PrivateKey: key},
 		issuer:  s.signer.cert,
