@@ -20,10 +20,10 @@ RACE        := $(if $(CC_FOUND),-race)
 # name → package of every program
 PROGRAMS := sallyport-controlplane=./cmd/controlplane sallyport-proxy=./cmd/proxy sallyport=./cmd/sallyport shop=./examples/shop
 
-.PHONY: help build pkcs11 demo test smoke e2e lint vuln fuzz proto clean have-go
+.PHONY: help build pkcs11 demo test smoke e2e kubernetes lint vuln fuzz proto clean have-go
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 have-go:
 	@command -v go >/dev/null || { echo "go is not on PATH. Install Go 1.21 or later (https://go.dev/dl), or add its folder: export PATH=\$$PATH:/usr/local/go/bin" >&2; exit 1; }
@@ -52,12 +52,16 @@ e2e: build ## run the programs through faults: kills, rotations, images, units
 	@go test -tags e2e -count=1 -v ./test/e2e/... ./internal/meshtest
 	@go test -tags e2e -count=1 -v -timeout 30m -run '^TestD6PIDReuse100000$$' ./internal/peercred
 
+kubernetes: build ## run against a real kube-apiserver, built once (some minutes)
+	@test/kubernetes/apiserver/build.sh >/dev/null
+	@go test -tags kubernetes -count=1 -v ./test/kubernetes/...
+
 lint: have-go ## check format, vet, staticcheck and the import rows
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "not formatted:"; echo "$$unformatted"; exit 1; }
 	@go vet ./...
-	@go vet -tags smoke,e2e ./test/... ./internal/meshtest ./internal/peercred
+	@go vet -tags smoke,e2e,kubernetes ./test/... ./internal/meshtest ./internal/peercred
 	@$(if $(CC_FOUND),CGO_ENABLED=1 go vet -tags pkcs11 ./internal/issuer/ca/pkcs11)
-	@GOTOOLCHAIN=go$(GO_VERSION)+auto go run $(STATICCHECK) -tags smoke,e2e ./...
+	@GOTOOLCHAIN=go$(GO_VERSION)+auto go run $(STATICCHECK) -tags smoke,e2e,kubernetes ./...
 	@go test -count=1 ./internal/arch
 
 vuln: have-go ## look for known vulnerabilities (needs the public database)
