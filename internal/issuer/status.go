@@ -40,12 +40,12 @@ func toStatus(err error) error {
 		{codes.InvalidArgument, []error{errMalformed}},
 		{codes.FailedPrecondition, []error{errClock, errConfig, registry.ErrAmbiguous}},
 		{codes.ResourceExhausted, []error{errBusy, errTooOften}},
-		{codes.Unavailable, []error{registry.ErrNotReady, attest.ErrUnreachable}},
+		{codes.Unavailable, []error{registry.ErrNotReady, registry.ErrReadmitting, attest.ErrUnreachable}},
 		{codes.Unauthenticated, []error{
 			errAnonymous, errExpired, attest.ErrBadProof, registry.ErrUnknownToken, registry.ErrTokenUsed,
 			registry.ErrTokenExpired, registry.ErrUnknownInstance, registry.ErrEvidenceUsed, attest.ErrBadEvidence,
 		}},
-		{codes.PermissionDenied, []error{registry.ErrUnknownWorkload, registry.ErrNotAttested, registry.ErrNoMatch, registry.ErrVouched}},
+		{codes.PermissionDenied, []error{registry.ErrUnknownWorkload, registry.ErrNotAttested, registry.ErrNoMatch, registry.ErrVouched, registry.ErrRevoked}},
 		{codes.DeadlineExceeded, []error{context.DeadlineExceeded}},
 		{codes.Canceled, []error{context.Canceled}},
 	} {

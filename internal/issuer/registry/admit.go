@@ -68,6 +68,9 @@ func (r *Registry) admitOnce(ctx context.Context, adm Admission) (Instance, erro
 		}
 	}
 	_, id, err := r.Match(v, spiffeid.ID{})
+	if err == nil {
+		err = r.refuseRevoked(ctx, Instance{ID: id}) // it is not spent
+	}
 	if err != nil {
 		return Instance{}, err
 	}
@@ -166,8 +169,12 @@ type Issuance struct {
 
 // Record notes what is issued to an instance, in its record and in the audit
 // log, in one transaction: what it returns an error for must not be sent. An
-// instance that was removed in the meantime is [ErrUnknownInstance].
+// instance that was removed in the meantime is [ErrUnknownInstance]; one that is
+// revoked, or whose ID or agent is, [ErrRevoked].
 func (r *Registry) Record(ctx context.Context, inst Instance, is Issuance) error {
+	if err := r.refuseRevoked(ctx, inst); err != nil { // whatever it was issued for
+		return err
+	}
 	for range maxTries {
 		err := r.recordOnce(ctx, inst, is)
 		if !errors.Is(err, store.ErrConflict) {

@@ -163,7 +163,7 @@ func (r *Registry) entitled(ctx context.Context, id spiffeid.ID, instance string
 	if _, err := r.admits(inst); err != nil {
 		return Instance{}, err
 	}
-	return inst, nil
+	return inst, r.refuseRevoked(ctx, inst)
 }
 
 // Remove forgets an instance: its enrolment key is worth nothing from then on,

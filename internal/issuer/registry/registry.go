@@ -60,7 +60,7 @@ var (
 func IsRequestError(err error) bool {
 	return slices.ContainsFunc([]error{
 		ErrNotReady, ErrUnknownToken, ErrTokenUsed, ErrTokenExpired, ErrUnknownWorkload, ErrNotAttested, ErrBadTTL, ErrUnknownInstance,
-		ErrNoMatch, ErrAmbiguous, ErrEvidenceUsed, ErrVouched,
+		ErrNoMatch, ErrAmbiguous, ErrEvidenceUsed, ErrVouched, ErrRevoked, ErrReadmitting,
 	}, func(kind error) bool { return errors.Is(err, kind) })
 }
 
@@ -72,7 +72,9 @@ type Config struct {
 	RootHash func() [sha256.Size]byte
 	// Issuers counts who may vouch. Where a Workload names no issuer, the only
 	// one is meant; with several it is nobody.
-	Issuers map[string]int   // :: kind of evidence → issuers configured
+	Issuers map[string]int // :: kind of evidence → issuers configured
+	// SVIDTTL is the life of SVIDs: for how long a revocation is remembered.
+	SVIDTTL time.Duration
 	Now     func() time.Time // nil: time.Now
 	Log     hclog.Logger     // nil: discard
 }

@@ -61,6 +61,9 @@ func (r *Registry) CreateToken(ctx context.Context, req TokenRequest) (Created, 
 		return Created{}, fmt.Errorf("join token for %.64q: %w: %v is not between 1s and %v", req.Workload, ErrBadTTL, ttl, MaxTokenTTL)
 	}
 	id, err := r.tokenSubject(req.Workload)
+	if err == nil {
+		err = r.refuseRevoked(ctx, Instance{ID: id})
+	}
 	if err != nil {
 		return Created{}, err
 	}
@@ -136,6 +139,9 @@ func (r *Registry) redeemOnce(ctx context.Context, red Redemption) (Instance, er
 	now := r.cfg.Now().UTC()
 	if !now.Before(tok.Expires) {
 		return Instance{}, fmt.Errorf("%w (it was valid until %s)", ErrTokenExpired, tok.Expires.Format(time.RFC3339))
+	}
+	if err := r.refuseRevoked(ctx, Instance{ID: tok.ID}); err != nil { // it is not spent
+		return Instance{}, err
 	}
 	inst, err := newInstance(tok.ID, red.Key, now)
 	if err != nil {
