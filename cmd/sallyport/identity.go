@@ -23,8 +23,8 @@ import (
 const maxEvidence = 256 << 10
 
 func (c *cli) identity() *cobra.Command {
-	identity := group("identity", "Who lives where, and which workload evidence would prove")
-	identity.AddCommand(c.identityList(), c.identityExplain())
+	identity := group("identity", "Who lives where, which workload evidence would prove, and who is refused")
+	identity.AddCommand(c.identityList(), c.identityExplain(), c.revoke(), c.unrevoke(), c.ban())
 	return identity
 }
 
@@ -70,8 +70,15 @@ func printIdentities(w io.Writer, resp *sallyportv1.IdentitiesResponse) {
 		}
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", i.GetSpiffeId(), i.GetInstance(), orDash(where), local(i.GetExpires()), state, evidence)
 	}
+	if len(resp.GetRevocations()) > 0 {
+		fmt.Fprintln(w, "\nREVOKED\t\tSINCE\tREMEMBERED UNTIL\tBY\tWHY")
+	}
 	for _, r := range resp.GetRevocations() {
-		fmt.Fprintf(w, "revoked\t%s %s\tsince %s\tuntil %s\t%s\t%s\n", r.GetKind(), r.GetSubject(), local(r.GetSince()), local(r.GetUntil()), r.GetActor(), r.GetReason())
+		until := local(r.GetUntil())
+		if r.GetBlocked() {
+			until = "unrevoked"
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", r.GetKind(), r.GetSubject(), local(r.GetSince()), until, r.GetActor(), orDash(r.GetReason()))
 	}
 }
 

@@ -21,6 +21,7 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/federation"
 	"github.com/sallyport-mesh/sallyport/internal/flow"
 	"github.com/sallyport-mesh/sallyport/internal/insight"
+	"github.com/sallyport-mesh/sallyport/internal/issuer/ca"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/registry"
 	"github.com/sallyport-mesh/sallyport/internal/xds"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
@@ -38,6 +39,8 @@ type adminServer struct {
 	xds         *xds.Server
 	flows       *insight.Collector
 	reconciler  *reconciler
+	revoker     *revoker
+	ca          *ca.CA
 	status      *statusReporter
 	verifiers   verifiers
 	federation  *federation.Manager

@@ -55,15 +55,38 @@ func (a *adminServer) Identities(ctx context.Context, req *sallyportv1.Identitie
 	for _, n := range a.xds.Nodes() {
 		connected[node{n.ID, n.Instance}] = true
 	}
+	revoked, err := a.registry.Revocations(ctx)
+	if err != nil {
+		return nil, status.Errorf(codes.Unavailable, "reading revocations: %v", err)
+	}
 	resp := &sallyportv1.IdentitiesResponse{}
 	for _, i := range instances {
 		w, _ := state.Rules.Workload(i.ID)
-		if wanted(w.Name, i.ID) {
-			resp.Identities = append(resp.Identities, identityOf(i, w.Name, connected[node{i.ID, i.Name}]))
+		if !wanted(w.Name, i.ID) {
+			continue
 		}
+		out := identityOf(i, w.Name, connected[node{i.ID, i.Name}])
+		out.Revoked = revoked.Blocks(i)
+		resp.Identities = append(resp.Identities, out)
+	}
+	if req.GetWorkload() == "" {
+		resp.Revocations = revocationsOf(revoked)
 	}
 	slices.SortStableFunc(resp.Identities, func(a, b *sallyportv1.Identity) int { return strings.Compare(a.GetSpiffeId(), b.GetSpiffeId()) })
 	return resp, nil
+}
+
+func revocationsOf(all registry.Revocations) (out []*sallyportv1.Revocation) {
+	for _, v := range all.All {
+		m := &sallyportv1.Revocation{
+			Kind: string(v.Kind), Subject: v.Subject, Since: timestamppb.New(v.At), Actor: v.Actor, Reason: v.Reason, Blocked: v.Blocked,
+		}
+		if !v.Until.IsZero() && !v.Blocked && !v.Removed {
+			m.Until = timestamppb.New(v.Until)
+		}
+		out = append(out, m)
+	}
+	return out
 }
 
 func identityOf(i registry.Instance, workload string, connected bool) *sallyportv1.Identity {

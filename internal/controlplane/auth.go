@@ -41,8 +41,9 @@ func orphanMethod(full string) bool {
 type authenticator struct {
 	trustDomain spiffeid.TrustDomain
 
-	member func(identity.Peer) error // nil: its workload exists
-	now    func() time.Time
+	member  func(identity.Peer) error                // nil: its workload exists
+	revoked func(p identity.Peer, orphan bool) error // nil: its SVID is not refused; orphan as in orphanMethod
+	now     func() time.Time
 
 	mu      sync.Mutex
 	streams map[*authenticatedStream]struct{} // guarded by mu; those that end with their workload
@@ -78,12 +79,25 @@ func (a *authenticator) authenticate(ctx context.Context, method string) (contex
 	if identity.Reserved(caller.ID) {
 		return nil, status.Errorf(codes.PermissionDenied, "%s is not a workload", caller.ID)
 	}
-	if !anonymousMethod(method) && !orphanMethod(method) {
-		if err := a.member(caller); err != nil {
-			return nil, err
-		}
+	if err := a.admit(caller, method); err != nil {
+		return nil, err
 	}
 	return identity.ContextWithPeer(ctx, caller), nil
+}
+
+// admit is nil if the caller may use the RPC. An SVID that is revoked is as good
+// as none; whoever enrols does so by evidence.
+func (a *authenticator) admit(caller identity.Peer, method string) error {
+	if anonymousMethod(method) {
+		return nil
+	}
+	if err := a.revoked(caller, orphanMethod(method)); err != nil {
+		return status.Errorf(codes.Unauthenticated, "%v", err)
+	}
+	if orphanMethod(method) {
+		return nil
+	}
+	return a.member(caller)
 }
 
 func (a *authenticator) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
@@ -103,14 +117,12 @@ func (a *authenticator) stream(srv any, ss grpc.ServerStream, info *grpc.StreamS
 		return err
 	}
 	caller, ok := identity.PeerFromContext(ctx)
-	s := &authenticatedStream{ServerStream: ss, ctx: ctx, caller: caller, orphaned: make(chan error, 1)}
+	s := &authenticatedStream{ServerStream: ss, ctx: ctx, caller: caller, method: info.FullMethod, orphaned: make(chan error, 1)}
 	if !ok {
 		return next(srv, s)
 	}
-	if !orphanMethod(info.FullMethod) {
-		a.add(s)
-		defer a.remove(s)
-	}
+	a.add(s)
+	defer a.remove(s)
 	expired := time.NewTimer(caller.Leaf.NotAfter.Sub(a.now()))
 	defer expired.Stop()
 	done := make(chan error, 1)
@@ -141,7 +153,7 @@ func (a *authenticator) remove(s *authenticatedStream) {
 	delete(a.streams, s)
 }
 
-// recheck ends the streams of workloads that are no more.
+// recheck ends the streams of workloads that are no more, and of revoked SVIDs.
 func (a *authenticator) recheck() {
 	a.mu.Lock()
 	all := slices.Collect(maps.Keys(a.streams))
@@ -152,7 +164,7 @@ func (a *authenticator) recheck() {
 }
 
 func (a *authenticator) check(s *authenticatedStream) {
-	if err := a.member(s.caller); err != nil {
+	if err := a.admit(s.caller, s.method); err != nil {
 		select {
 		case s.orphaned <- err:
 		default: // told already
@@ -168,7 +180,8 @@ type authenticatedStream struct {
 	grpc.ServerStream
 	ctx      context.Context // the stream's, with the caller in it
 	caller   identity.Peer
-	orphaned chan error // one slot: why the stream ends with the caller's workload
+	method   string
+	orphaned chan error // one slot: why the stream ends with the caller's workload or SVID
 }
 
 // Context returns the stream's context with the caller in it.

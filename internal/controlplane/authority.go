@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -73,6 +74,15 @@ func (c *ControlPlane) openCA(ctx context.Context) (err error) {
 		Now:       c.opts.Now, Log: c.log,
 	})
 	return err
+}
+
+// backdate is by how much a certificate's not-before precedes its issue. Of another
+// issuer's nothing is known.
+func (c *ControlPlane) backdate() time.Duration {
+	if c.ca == nil {
+		return 0
+	}
+	return ca.Backdate
 }
 
 // authorityList is for status output; an external issuer shows what its bundle has.

@@ -36,6 +36,7 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/issuer/ca"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/external"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/registry"
+	"github.com/sallyport-mesh/sallyport/internal/revocation"
 	"github.com/sallyport-mesh/sallyport/internal/store"
 	"github.com/sallyport-mesh/sallyport/internal/store/etcd"
 	"github.com/sallyport-mesh/sallyport/internal/xds"
@@ -77,6 +78,7 @@ type ControlPlane struct {
 	reconciler *reconciler
 	federation *federation.Manager
 	trust      trustServers
+	revoker    *revoker
 	health     *admin.Health
 	metrics    *prometheus.Registry
 	passed     atomic.Bool // readiness was reached once
@@ -154,7 +156,8 @@ func (c *ControlPlane) build() {
 	c.health = admin.NewHealth(now, componentPolicy, componentXDS)
 	c.audit = audit.New(c.store, now)
 	c.registry = registry.New(registry.Config{
-		Store: c.store, Audit: c.audit, RootHash: c.rootHash, Issuers: c.verifiers.count(), Now: now, Log: c.log,
+		Store: c.store, Audit: c.audit, RootHash: c.rootHash, Issuers: c.verifiers.count(),
+		SVIDTTL: c.cfg.CA.SVIDTTL, Now: now, Log: c.log,
 	})
 	c.catalog = catalog.New(catalog.Config{Store: c.store, Audit: c.audit, TrustDomain: td, Now: now, Log: c.log.Named("catalog")})
 	c.flows = insight.New(insight.Config{Registry: c.metrics, Log: c.log.Named("flows")})
@@ -162,8 +165,13 @@ func (c *ControlPlane) build() {
 		Log: c.log.Named("xds"), Now: now,
 		InstanceOf: c.instanceInCertificate(),
 	})
-	c.auth = &authenticator{trustDomain: td, member: c.member, now: now}
-	c.reconciler = newReconciler(td, c.publish, c.registry.SetWorkloads, c.log.Named("reconcile"))
+	c.auth = &authenticator{trustDomain: td, member: c.member, revoked: c.refuseRevoked, now: now}
+	c.reconciler = newReconciler(td, c.publish, c.setWorkloads, c.log.Named("reconcile"))
+	c.revoker = &revoker{
+		trustDomain: td, registry: c.registry, source: c.authority.ServerSVID(), backdate: c.backdate(),
+		publish: c.reconciler.setRevocations, now: now, log: c.log.Named("revocation"),
+		changed: make(chan struct{}, 1), book: revocation.NewBook(c.authority.ServerSVID(), now),
+	}
 	c.endpoints = &endpoints{store: c.store, log: c.log.Named("endpoints"), renew: leaseRenew}
 	c.announcer = &announcer{
 		endpoints: c.endpoints, ranges: c.cfg.Announce.Ranges, ports: c.declaredPorts,
@@ -173,6 +181,17 @@ func (c *ControlPlane) build() {
 		c.health.BeforeReport(c.checkExternal)
 	}
 	c.registerMetrics()
+}
+
+// setWorkloads tells who may enrol, and has the IDs revoked that nobody has any
+// more.
+func (c *ControlPlane) setWorkloads(list []policy.CompiledWorkload) {
+	c.registry.SetWorkloads(list)
+	c.revoker.workloadsChanged()
+}
+
+func (c *ControlPlane) refuseRevoked(p identity.Peer, orphan bool) error {
+	return c.revoker.refuse(p, orphan)
 }
 
 // member is nil if the caller's workload exists. Before the first snapshot nobody
@@ -233,9 +252,9 @@ func (c *ControlPlane) adminServer() *grpc.Server {
 	s := grpc.NewServer(grpc.Creds(localCredentials{}), grpc.MaxRecvMsgSize(maxAdminMessage), grpc.MaxSendMsgSize(maxAdminMessage))
 	sallyportv1.RegisterAdminServer(s, &adminServer{
 		trustDomain: c.authority.TrustDomain(), catalog: c.catalog, audit: c.audit, registry: c.registry,
-		xds: c.xds, flows: c.flows, reconciler: c.reconciler, verifiers: c.verifiers, federation: c.federation, bundle: c.authority.Bundle, enrolment: c.refuseToken,
+		xds: c.xds, flows: c.flows, reconciler: c.reconciler, revoker: c.revoker, ca: c.ca, verifiers: c.verifiers, federation: c.federation, bundle: c.authority.Bundle, enrolment: c.refuseToken,
 		status: &statusReporter{
-			version: c.opts.Version, source: source, started: c.opts.Now(), problem: c.catalog.Problem,
+			version: c.opts.Version, source: source, started: c.opts.Now(), problems: []func() string{c.catalog.Problem, c.revoker.trouble},
 			authorities: c.authorities, instances: c.instances, xds: c.xds, reconciler: c.reconciler,
 			federation: c.federation,
 		},

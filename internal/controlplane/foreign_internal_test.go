@@ -27,7 +27,8 @@ import (
 func TestD8_ForeignIDBehindTLS(t *testing.T) {
 	a := &authenticator{
 		trustDomain: spiffeid.RequireTrustDomainFromString("test.example"), now: time.Now,
-		member: func(identity.Peer) error { return nil },
+		member:  func(identity.Peer) error { return nil },
+		revoked: func(identity.Peer, bool) error { return nil },
 	}
 	for id, want := range map[string]codes.Code{"spiffe://test.example/server": codes.OK, "spiffe://partner.example/server": codes.PermissionDenied} {
 		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

@@ -22,7 +22,8 @@ type inputs struct {
 	endpoints table
 	bundle    *spiffebundle.Bundle // of the own trust domain
 	foreign   identity.Bundles     // of others; nil: not known yet
-	have      struct{ catalog, endpoints, bundle bool }
+	revoked   []byte               // the signed revocation list
+	have      struct{ catalog, endpoints, bundle, revoked bool }
 }
 
 // reconciler turns catalogue, endpoints and trust bundle into the snapshot that
@@ -71,6 +72,10 @@ func (r *reconciler) setForeign(b identity.Bundles) {
 	r.update(func(in *inputs) { in.foreign = b })
 }
 
+func (r *reconciler) setRevocations(envelope []byte) {
+	r.update(func(in *inputs) { in.revoked, in.have.revoked = envelope, true })
+}
+
 // current is the state in force; nil before the first snapshot.
 func (r *reconciler) current() *catalog.State { return r.state.Load() }
 
@@ -93,7 +98,7 @@ func (r *reconciler) run(ctx context.Context) error {
 		r.mu.Lock()
 		in := r.in
 		r.mu.Unlock()
-		if !in.have.catalog || !in.have.endpoints || !in.have.bundle || in.foreign == nil {
+		if !in.have.catalog || !in.have.endpoints || !in.have.bundle || !in.have.revoked || in.foreign == nil {
 			continue
 		}
 		if old := r.state.Load(); old == nil || old.Rules != in.catalog.Rules {
@@ -110,11 +115,17 @@ func (r *reconciler) snapshot(in inputs) *xds.Snapshot {
 	for _, w := range workloads {
 		services[w.ID] = xds.Service{ID: w.ID, Ports: w.Ports, Endpoints: serving(in.endpoints[w.ID], w.Ports)}
 	}
+	for id, eps := range in.endpoints { // of templates, whose IDs only those who have them tell
+		if w, ok := in.catalog.Rules.Workload(id); ok && w.Template {
+			services[id] = xds.Service{ID: id, Ports: w.Ports, Endpoints: serving(eps, w.Ports)}
+		}
+	}
 	s := &xds.Snapshot{
-		Rev:      xds.Revision(in.catalog.Rev),
-		Rules:    in.catalog.Rules,
-		Services: services,
-		Bundles:  identity.Bundles{r.trustDomain: in.bundle},
+		Rev:         xds.Revision(in.catalog.Rev),
+		Rules:       in.catalog.Rules,
+		Services:    services,
+		Revocations: in.revoked,
+		Bundles:     identity.Bundles{r.trustDomain: in.bundle},
 	}
 	addForeign(s, in.foreign)
 	return s

@@ -72,6 +72,9 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 		"authority":  c.authority.Run,
 		"registry":   c.registry.Run,
 		"reconciler": c.reconciler.run,
+		"revocation": c.revoker.run,
+		"signer":     c.revoker.resign,
+		"revisor":    c.revoker.revise,
 		"bundle": func(ctx context.Context) error {
 			return c.authority.WatchBundle(ctx, func(b *spiffebundle.Bundle) error { c.reconciler.setBundle(b); return nil })
 		},
@@ -86,6 +89,9 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 		"admin API": func(context.Context) error { return operators.Serve(c.adminListener) },
 		"sidecars":  func(context.Context) error { return network.Serve(c.grpcListener) },
 		"stop":      func(ctx context.Context) error { return c.stopServers(ctx, network, operators) },
+	}
+	if c.ca != nil {
+		parts["tainted"] = func(ctx context.Context) error { return c.revoker.refuseTainted(ctx, c.ca, c.ca.TaintGrace()) }
 	}
 	if c.cfg.PolicyDir != "" {
 		parts["policy folder"] = func(ctx context.Context) error { return c.catalog.WatchDir(ctx, c.cfg.PolicyDir) }

@@ -23,7 +23,7 @@ type statusReporter struct {
 	version     string
 	source      string // where policy comes from
 	started     time.Time
-	problem     func() string // the watched directory's
+	problems    []func() string // of the watched directory, the revocation list
 	authorities func() []*sallyportv1.Authority
 	instances   func(context.Context) ([]registry.Instance, error)
 	xds         *xds.Server
@@ -44,8 +44,10 @@ func (s *statusReporter) report(ctx context.Context) (*sallyportv1.StatusRespons
 		TrustDomain: s.reconciler.trustDomain.Name(), Revision: state.Rev.String(), Version: s.version,
 		Started: timestamppb.New(s.started), PolicySource: s.source, Authorities: s.authorities(),
 	}
-	if p := s.problem(); p != "" {
-		resp.Problems = append(resp.Problems, p)
+	for _, problem := range s.problems {
+		if p := problem(); p != "" {
+			resp.Problems = append(resp.Problems, p)
+		}
 	}
 	if state.Rev.N == 0 {
 		resp.Problems = append(resp.Problems, "no policy was ever applied, so nobody can enrol: sallyport apply DIR")

@@ -137,7 +137,7 @@ type nodeSlice struct {
 // slice returns what id may know of the rules. Its error means that the node's
 // rules have no wire form; the node then keeps what it has.
 func (p *prepared) slice(id spiffeid.ID) *nodeSlice {
-	service, known := p.snap.Services[id]
+	service, known := p.snap.service(id)
 	same := func(n *nodeSlice) bool { return n.known == known && slices.Equal(n.ports, service.Ports) }
 	for {
 		v, ok := p.slices.nodes.Load(id)

@@ -239,7 +239,7 @@ func (s *Server) Nodes() []NodeStatus {
 	for st := range s.streams {
 		n := st.currentStatus()
 		if p != nil {
-			_, known := p.snap.Services[n.ID]
+			_, known := p.snap.service(n.ID)
 			n.Unknown = !known
 			n.Revocations = n.revoked(p)
 		}

@@ -74,6 +74,16 @@ type View struct {
 	Revocations []byte
 }
 
+// service is what an ID serves; false for one that no workload has. Of a template
+// nobody can list the IDs: the rules know them.
+func (s *Snapshot) service(id spiffeid.ID) (Service, bool) {
+	if found, ok := s.Services[id]; ok {
+		return found, true
+	}
+	w, ok := s.Rules.Workload(id)
+	return Service{ID: id, Ports: w.Ports}, ok
+}
+
 // Snapshot is the state of the whole mesh at one revision. It is immutable: the
 // server cuts each node's View out of it.
 type Snapshot struct {

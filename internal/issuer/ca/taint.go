@@ -280,3 +280,6 @@ func (s *state) effective(b *book) (list []Tainted) {
 	slices.SortFunc(list, func(x, y Tainted) int { return cmp.Compare(x.KeyHash, y.KeyHash) })
 	return list
 }
+
+// TaintGrace is how long everybody has to renew.
+func (c *CA) TaintGrace() time.Duration { return c.cfg.TaintGrace }

@@ -164,9 +164,7 @@ func (r *Registry) WatchRevocations(ctx context.Context, fn func(Revocations) er
 // refuseRevoked returns ErrRevoked or ErrReadmitting unless something may be issued
 // to inst now: its ID, its name where it has one yet, and its agent are asked for.
 func (r *Registry) refuseRevoked(ctx context.Context, inst Instance) error {
-	for _, s := range []Subject{
-		{RevokedID, inst.ID.String()}, {RevokedInstance, inst.Name}, {RevokedID, inst.Via.String()}, {RevokedInstance, inst.Agent},
-	} {
+	for _, s := range inst.subjects() {
 		if s.Name == "" {
 			continue
 		}
@@ -248,6 +246,24 @@ func (r *Registry) revisionOps(before Revocations, changed []Revocation, entry a
 		ops = append(ops, store.Op{Key: v.key(), Value: value})
 	}
 	return ops, nil
+}
+
+// Blocks reports whether nothing is issued to an instance: because of itself, its
+// ID, or its agent.
+func (all Revocations) Blocks(i Instance) bool {
+	for _, s := range i.subjects() {
+		if v, ok := all.find(s.Kind, s.Name); ok && v.Blocked {
+			return true
+		}
+	}
+	return false
+}
+
+// subjects are what a revocation of the instance may name.
+func (i Instance) subjects() []Subject {
+	return []Subject{
+		{RevokedID, i.ID.String()}, {RevokedInstance, i.Name}, {RevokedID, i.Via.String()}, {RevokedInstance, i.Agent},
+	}
 }
 
 // find returns the revocation of a subject, false if there is none.
