@@ -47,6 +47,9 @@ type Config struct {
 	// come back with, puts up with a control plane that cannot be reached. Zero:
 	// for ever.
 	EnrollWithin time.Duration
+	// Check may refuse a control plane whose certificate is valid, as
+	// identity.TLSConfig.Check does; nil refuses none.
+	Check func(identity.Peer) error
 
 	Now func() time.Time // nil: time.Now
 	Log hclog.Logger     // nil: discard

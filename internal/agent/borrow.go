@@ -41,6 +41,8 @@ type BorrowConfig struct {
 	// StateDir keeps this instance's name, for SVIDs that bring none. It is made if
 	// missing.
 	StateDir string
+	// Check is as in [Config].
+	Check func(identity.Peer) error
 
 	Now func() time.Time // nil: time.Now
 	Log hclog.Logger     // nil: discard
@@ -185,7 +187,7 @@ func (b *Borrowed) Dial(ctx context.Context) (*grpc.ClientConn, error) {
 	if want.IsZero() {
 		want = controlPlaneID(b.ID().TrustDomain())
 	}
-	return newLink(b.cfg.ControlPlane, identity.TLSConfig{Source: &b.live, Now: b.cfg.Now}, identity.ExactPattern(want)).dial(ctx)
+	return newLink(b.cfg.ControlPlane, identity.TLSConfig{Source: &b.live, Check: b.cfg.Check, Now: b.cfg.Now}, identity.ExactPattern(want)).dial(ctx)
 }
 
 // Run follows the socket until ctx ends, and returns nil then. Whatever goes wrong

@@ -60,7 +60,7 @@ func (a *Agent) anonymous(td spiffeid.TrustDomain) *link {
 
 // newLink expects the control plane of td; of none, whoever calls has to verify.
 func (a *Agent) newLink(cfg identity.TLSConfig, td spiffeid.TrustDomain) *link {
-	cfg.Now = a.cfg.Now
+	cfg.Now, cfg.Check = a.cfg.Now, a.cfg.Check
 	var want identity.Pattern
 	if !td.IsZero() {
 		want = identity.ExactPattern(controlPlaneID(td))

@@ -53,6 +53,10 @@ func (s *Sidecar) openBook() {
 	s.keeper = &keeper{dir: s.cfg.StateDir, log: log, news: make(chan []byte, 1)}
 }
 
+// check refuses a control plane that is revoked. There is a book before anything is
+// dialled.
+func (s *Sidecar) check(p identity.Peer) error { return s.book.Check(p) }
+
 // watchBook has changes passed on and saved. It is called after those who cut
 // connections.
 func (s *Sidecar) watchBook() {

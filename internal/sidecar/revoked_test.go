@@ -1,6 +1,7 @@
 package sidecar
 
 import (
+	"context"
 	"crypto/sha256"
 	"crypto/x509"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -19,6 +21,7 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/meshtest"
 	"github.com/sallyport-mesh/sallyport/internal/revocation"
 	"github.com/sallyport-mesh/sallyport/internal/xds"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
 
@@ -188,5 +191,28 @@ func TestNamedIssuerRenews(t *testing.T) {
 	})
 	if status, why := a.revocationHealth(); status != admin.OK {
 		t.Errorf("refused before its time: %v %s", status, why)
+	}
+}
+
+// A control plane is a peer like any other: one below a refused issuer is not
+// believed.
+func TestRevokedControlPlaneIsRefused(t *testing.T) {
+	s := newStories(t, map[string]string{"a.yaml": fmt.Sprintf(abcx, "a")})
+	a := s.start("a", s.mesh.GRPC)
+	dial := func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		conn, err := a.agent.Dial(ctx)
+		if err == nil {
+			_ = conn.Close()
+		}
+		return err
+	}
+	require.NoError(t, dial())
+	require.NoError(t, a.apply(xds.Update{Kind: xds.Revocations, Revocations: s.sign(1, func(m *sallyportv1.RevocationList) {
+		m.Ids = []*sallyportv1.RevokedID{{Path: identity.ControlPlanePath, NotBefore: timestamppb.New(time.Now().Add(time.Minute))}}
+	})}))
+	if err := dial(); err == nil || !strings.Contains(err.Error(), "revoked: SVIDs of spiffe://test.example/sallyport/controlplane") {
+		t.Errorf("got %v", err)
 	}
 }

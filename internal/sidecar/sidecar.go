@@ -169,7 +169,7 @@ func (s *Sidecar) openIdentity() error {
 	}
 	a, err := agent.New(agent.Config{
 		ControlPlane: s.cfg.ControlPlane, Evidence: s.cfg.evidence(), TrustBundle: s.cfg.TrustBundle,
-		StateDir: s.cfg.StateDir, Now: s.now, Log: s.log, EnrollWithin: enrollWithin,
+		StateDir: s.cfg.StateDir, Now: s.now, Log: s.log, EnrollWithin: enrollWithin, Check: s.check,
 	})
 	if err != nil {
 		return err
@@ -206,7 +206,7 @@ func (s *Sidecar) borrowIdentity() error {
 	}
 	b, err := agent.Borrow(agent.BorrowConfig{
 		ControlPlane: s.cfg.ControlPlane, WorkloadAPI: s.cfg.Identity.WorkloadAPI, ControlPlaneID: id,
-		StateDir: s.cfg.StateDir, Now: s.now, Log: s.log,
+		StateDir: s.cfg.StateDir, Now: s.now, Log: s.log, Check: s.check,
 	})
 	if err != nil {
 		return err
