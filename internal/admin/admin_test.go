@@ -186,9 +186,11 @@ func TestMetrics(t *testing.T) {
 	now := time.Now()
 	h := NewHealth(time.Now, "identity")
 	m := NewMetrics(reg, "1.2.3", Sources{
-		Live:              func() map[flow.Side]int { return map[flow.Side]int{flow.Inbound: 3} },
-		SVIDExpiry:        func() (time.Time, bool) { return now.Add(90 * time.Second), true },
-		Outage:            func() map[string]time.Duration { return map[string]time.Duration{"self": time.Hour, "app": -time.Second} },
+		Live:       func() map[flow.Side]int { return map[flow.Side]int{flow.Inbound: 3} },
+		SVIDExpiry: func() (time.Time, bool) { return now.Add(90 * time.Second), true },
+		Outage: func() map[string]time.Duration {
+			return map[string]time.Duration{"self": time.Hour, "app": -time.Second}
+		},
 		SVIDRenewals:      func() uint64 { return 4 },
 		Revisions:         func() map[string]string { return map[string]string{"rules": "1.42"} },
 		Dropped:           func() map[string]uint64 { return map[string]uint64{"stream": 5} },
