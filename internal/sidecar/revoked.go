@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/sallyport-mesh/sallyport/internal/admin"
 	"github.com/sallyport-mesh/sallyport/internal/proxy"
@@ -56,6 +57,11 @@ func (s *Sidecar) openBook() {
 // check refuses a control plane that is revoked. There is a book before anything is
 // dialled.
 func (s *Sidecar) check(p identity.Peer) error { return s.book.Check(p) }
+
+// checkJWT refuses tokens that an app has validated here.
+func (s *Sidecar) checkJWT(subject spiffeid.ID, issued time.Time) error {
+	return s.book.CheckJWT(subject, issued)
+}
 
 // watchBook has changes passed on and saved. It is called after those who cut
 // connections.

@@ -190,7 +190,7 @@ func (s *Sidecar) openIdentity() error {
 	if s.cfg.WorkloadAPI.Socket == "" {
 		return nil
 	}
-	if s.endpoint, err = endpoint.New(endpoint.Config{Path: s.cfg.WorkloadAPI.Socket, Holder: s.wallet, Log: log}); err != nil {
+	if s.endpoint, err = endpoint.New(endpoint.Config{Path: s.cfg.WorkloadAPI.Socket, Holder: s.wallet, Log: log, CheckJWT: s.checkJWT}); err != nil {
 		return fmt.Errorf("workloadAPI.socket: %w", err)
 	}
 	return nil

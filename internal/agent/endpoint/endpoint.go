@@ -90,12 +90,17 @@ type Config struct {
 	Path   string       // of the socket; its file gets mode 0666
 	Holder Holder       // required
 	Log    hclog.Logger // nil: discard
+
+	// CheckJWT may refuse a JWT-SVID that is valid, because what was issued to its
+	// subject until then was revoked; nil refuses none.
+	CheckJWT func(subject spiffeid.ID, issued time.Time) error
 }
 
 // Server is one endpoint.
 type Server struct {
 	log      hclog.Logger
 	holder   Holder
+	checkJWT func(subject spiffeid.ID, issued time.Time) error // nil: none is refused
 	listener *listener
 	close    func() error
 	grpc     *grpc.Server
@@ -111,7 +116,10 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{log: cfg.Log, holder: cfg.Holder, listener: newListener(l, cfg.Log), close: closing, stopping: make(chan struct{})}
+	s := &Server{
+		log: cfg.Log, holder: cfg.Holder, checkJWT: cfg.CheckJWT,
+		listener: newListener(l, cfg.Log), close: closing, stopping: make(chan struct{}),
+	}
 	s.grpc = grpc.NewServer(
 		grpc.Creds(kernelCredentials{}),
 		grpc.UnaryInterceptor(checkUnary), grpc.StreamInterceptor(checkStream),

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -94,11 +95,27 @@ func (w *workloadAPI) ValidateJWTSVID(ctx context.Context, req *workload.Validat
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
+	if err := w.server.notRevoked(svid); err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
 	claims, err := structpb.NewStruct(svid.Claims)
 	if err != nil {
 		return nil, status.Errorf(codes.InvalidArgument, "claims: %v", err)
 	}
 	return &workload.ValidateJWTSVIDResponse{SpiffeId: svid.ID.String(), Claims: claims}, nil
+}
+
+// notRevoked asks about a valid token. One that does not say when it was issued
+// counts as the oldest.
+func (s *Server) notRevoked(svid *jwtsvid.SVID) error {
+	if s.checkJWT == nil {
+		return nil
+	}
+	var issued time.Time
+	if at, ok := svid.Claims["iat"].(float64); ok {
+		issued = time.Unix(int64(at), 0)
+	}
+	return s.checkJWT(svid.ID, issued)
 }
 
 // checkTokenHeader refuses what JWT-SVID section 2 does not allow in a header: a

@@ -9,6 +9,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/jwt"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"github.com/stretchr/testify/require"
@@ -127,5 +128,32 @@ func TestWA6_3_SubjectsTrustDomainOnly(t *testing.T) {
 	} {
 		_, err := o.raw(me()).ValidateJWTSVID(called(t), &workload.ValidateJWTSVIDRequest{Audience: "db", Svid: token})
 		wantCode(t, name, err, codes.InvalidArgument)
+	}
+}
+
+// A token from before its subject was revoked is refused, and so is one that does
+// not say when it was issued.
+func TestRevokedTokensAreRefused(t *testing.T) {
+	o := open(t)
+	now := time.Now()
+	o.revoked.Store(now.Unix())
+	issued := func(id spiffeid.ID, at time.Time) string {
+		claims := claimsOf(id, "db")
+		if !at.IsZero() {
+			claims["iat"] = at.Unix()
+		}
+		return o.authority.token(t, claims, nil)
+	}
+	for name, c := range map[string]struct {
+		token string
+		want  codes.Code
+	}{
+		"before":           {issued(aliceID, now.Add(-time.Minute)), codes.InvalidArgument},
+		"without a moment": {issued(aliceID, time.Time{}), codes.InvalidArgument},
+		"after":            {issued(aliceID, now), codes.OK},
+		"another's":        {issued(ownID, now.Add(-time.Minute)), codes.OK},
+	} {
+		_, err := o.raw(me()).ValidateJWTSVID(called(t), &workload.ValidateJWTSVIDRequest{Audience: "db", Svid: c.token})
+		wantCode(t, name, err, c.want)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"errors"
 	"fmt"
 	"math/big"
 	"net"
@@ -16,6 +17,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -187,6 +189,7 @@ type office struct {
 	svids   []*x509svid.SVID
 	bundles identity.Bundles
 	foreign *authority
+	revoked atomic.Int64 // before this Unix time alice's tokens were issued that are refused; 0: none
 	stop    func()
 }
 
@@ -209,7 +212,12 @@ func open(t testing.TB) *office {
 	o.feeds[alice] = &Feed{}
 	o.feeds[alice].Set(&Holding{SVIDs: []*x509svid.SVID{a.issue(t, aliceID)}, Bundles: o.bundles})
 	var err error
-	o.server, err = New(Config{Path: o.path, Holder: o.desk})
+	o.server, err = New(Config{Path: o.path, Holder: o.desk, CheckJWT: func(id spiffeid.ID, issued time.Time) error {
+		if n := o.revoked.Load(); n > 0 && id == aliceID && issued.Unix() < n {
+			return errors.New("revoked")
+		}
+		return nil
+	}})
 	require.NoError(t, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
