@@ -38,6 +38,7 @@ type lease struct {
 	uid     uint32               // of who asked first
 	process *sallyportv1.Process // nil: the agent's own app
 	feed    endpoint.Feed
+	hurry   chan struct{} // cap 1: renew now
 
 	followers int       // guarded by wallet.mu
 	left      time.Time // guarded by wallet.mu; when the last follower went
@@ -116,6 +117,8 @@ func (l *lease) wait(ctx context.Context, d time.Duration) bool {
 		select {
 		case <-ctx.Done():
 			return false
+		case <-l.hurry:
+			return true
 		case <-timer.C:
 		case <-news:
 		}
@@ -309,6 +312,22 @@ func (l *lease) jwt(ctx context.Context, id spiffeid.ID, audience []string) (str
 	}
 	l.tokens[key] = token{resp.GetToken(), now.Add(resp.GetExpires().AsTime().Sub(now) / 2)}
 	return resp.GetToken(), nil
+}
+
+func (l *lease) renewIf(refused func(identity.Peer) bool) {
+	l.mu.Lock()
+	svid := l.svid
+	l.mu.Unlock()
+	if svid == nil || !refused(identity.Peer{ID: svid.ID, Leaf: svid.Certificates[0], Chain: svid.Certificates}) {
+		return
+	}
+	l.mu.Lock()
+	l.tokens = nil // they are of the same identity, or of a key that went with the issuer
+	l.mu.Unlock()
+	select {
+	case l.hurry <- struct{}{}:
+	default: // it is to be renewed anyway
+	}
 }
 
 func (l *lease) identity() Identity {

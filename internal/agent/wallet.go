@@ -16,6 +16,7 @@ import (
 
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/agent/endpoint"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
 const (
@@ -151,7 +152,7 @@ func (w *Wallet) take(ctx context.Context, evidence Evidence, uid uint32) (*leas
 		if len(w.leases) >= maxLeases || w.users[uid] >= maxLeasesOfUser {
 			return nil, errors.New("too many different processes ask for identities; try again later")
 		}
-		l = &lease{wallet: w, key: key, uid: uid}
+		l = &lease{wallet: w, key: key, uid: uid, hurry: make(chan struct{}, 1)}
 		if evidence != nil {
 			l.process = processOf(evidence)
 		}
@@ -181,6 +182,18 @@ func (w *Wallet) drop(l *lease) bool {
 		delete(w.users, l.uid)
 	}
 	return true
+}
+
+// RenewIf renews at once whatever refused says that peers refuse, or soon will: an
+// app whose issuer is tainted gets another SVID, one that is revoked none, and its
+// streams end. It does not wait.
+func (w *Wallet) RenewIf(refused func(identity.Peer) bool) {
+	w.mu.Lock()
+	leases := slices.Collect(maps.Values(w.leases))
+	w.mu.Unlock()
+	for _, l := range leases {
+		l.renewIf(refused)
+	}
 }
 
 // Identity is how one app's identity is doing.

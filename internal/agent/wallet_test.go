@@ -31,6 +31,7 @@ import (
 
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/agent/endpoint"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
 // shelf is a wallet behind a real socket.
@@ -312,6 +313,27 @@ func TestIdentityTakenAway(t *testing.T) {
 		_, err := s.client(0).FetchX509SVID(briefly(t))
 		return err == nil
 	})
+}
+
+// D5 for apps: whatever a new revocation list refuses is renewed at once, and so
+// replaced, or taken away from those who hold it.
+func TestD5RefusedSVIDsAreRenewedAtOnce(t *testing.T) {
+	s := newShelf(t, time.Hour, WalletConfig{})
+	recv, _ := s.follow(os.Geteuid())
+	one, err := recv()
+	require.NoError(t, err)
+	s.wallet.RenewIf(func(identity.Peer) bool { return false })
+	s.wallet.RenewIf(func(p identity.Peer) bool { return p.ID == s.agent.ID() && len(p.Chain) > 1 })
+	two, err := recv()
+	require.NoError(t, err)
+	if bytes.Equal(one.X509Svid, two.X509Svid) || s.cp.edge.apps.Load() != 2 {
+		t.Errorf("%d SVIDs, want 2", s.cp.edge.apps.Load())
+	}
+	s.cp.edge.set(codes.PermissionDenied)
+	s.wallet.RenewIf(func(identity.Peer) bool { return true })
+	if _, err := recv(); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("revoked: got %v", err)
+	}
 }
 
 // JWT-SVIDs are kept until half of their life, for one audience each.

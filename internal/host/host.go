@@ -25,6 +25,7 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/agent/endpoint"
 	"github.com/sallyport-mesh/sallyport/internal/agent/pemfile"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/attest"
+	"github.com/sallyport-mesh/sallyport/internal/revocation"
 )
 
 // enrollWithin is how long a first start waits for the control plane. One that has
@@ -45,6 +46,7 @@ type Host struct {
 	now func() time.Time
 
 	agent    *agent.Agent
+	book     *revocation.Book // what is refused, to renew it
 	wallet   *agent.Wallet
 	endpoint *endpoint.Server // nil: no socket
 	files    []*agent.Files
@@ -79,6 +81,8 @@ func (h *Host) open(ctx context.Context, opts Options) (err error) {
 	if err != nil {
 		return err
 	}
+	h.book = revocation.NewBook(h.agent.Source(), h.now)
+	h.book.Watch(h.refused)
 	log := h.log.Named("workload-api")
 	h.wallet = agent.NewWallet(h.agent, agent.WalletConfig{Find: evidenceOf, Log: log})
 	if h.cfg.WorkloadAPI.Socket != "" {

@@ -3,14 +3,14 @@ package host
 import (
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -21,8 +21,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
-	"golang.org/x/sys/unix"
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -30,7 +28,12 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/meshtest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if socket := os.Getenv(askEnv); socket != "" {
+		askAndPrint(socket)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // Users of the tests.
 const (
@@ -130,34 +133,57 @@ admin: {listen: "127.0.0.1:0", socket: admin.sock}
 	return m
 }
 
-// client is go-spiffe's, of a process of another user: a thread of this one.
-func (m *machine) client(uid int) *workloadapi.Client {
-	m.t.Helper()
-	dial := grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
-		type result struct {
-			c   net.Conn
-			err error
+// askEnv makes this test binary ask at a socket and print what it gets.
+const askEnv = "SALLYPORT_TEST_ASK"
+
+// answer is what a process got from the agent.
+type answer struct {
+	Code, JWTCode codes.Code
+	ID            string // of the SVID
+	Left          time.Duration
+	Subject       string // of the validated token
+}
+
+// askAndPrint is that process.
+func askAndPrint(socket string) {
+	ctx, cancel := context.WithTimeout(context.Background(), meshtest.Deadline)
+	defer cancel()
+	var a answer
+	c, err := workloadapi.New(ctx, workloadapi.WithAddr("unix://"+socket))
+	if err != nil {
+		panic(err)
+	}
+	svid, err := c.FetchX509SVID(ctx)
+	if a.Code = status.Code(err); err == nil {
+		a.ID, a.Left = svid.ID.String(), time.Until(svid.Certificates[0].NotAfter)
+	}
+	token, err := c.FetchJWTSVID(ctx, jwtsvid.Params{Audience: "db"})
+	a.JWTCode = status.Code(err)
+	for err == nil && a.Subject == "" && ctx.Err() == nil { // the keys to check it with are pushed
+		if got, err := c.ValidateJWTSVID(ctx, token.Marshal(), "db"); err == nil {
+			a.Subject = got.ID.String()
 		}
-		got := make(chan result)
-		go func() {
-			runtime.LockOSThread() // it ends with its credentials
-			if uid != os.Geteuid() {
-				keep := ^uintptr(0)
-				if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, keep, uintptr(uid), keep); errno != 0 {
-					got <- result{nil, errno}
-					return
-				}
-			}
-			c, err := net.Dial("unix", m.cfg.WorkloadAPI.Socket)
-			got <- result{c, err}
-		}()
-		r := <-got
-		return r.c, r.err
-	})
-	c, err := workloadapi.New(m.t.Context(), workloadapi.WithAddr("unix://"+m.cfg.WorkloadAPI.Socket), workloadapi.WithDialOptions(dial))
+	}
+	if err := json.NewEncoder(os.Stdout).Encode(a); err != nil {
+		panic(err)
+	}
+	os.Exit(0)
+}
+
+// ask has a process of another user ask.
+func (m *machine) ask(uid uint32) answer {
+	m.t.Helper()
+	// By this path, because the test binary's folder is root's alone.
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = []string{askEnv + "=" + m.cfg.WorkloadAPI.Socket}
+	cmd.Dir = "/"
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+	out, err := cmd.Output()
 	require.NoError(m.t, err)
-	m.t.Cleanup(func() { _ = c.Close() })
-	return c
+	var a answer
+	require.NoError(m.t, json.Unmarshal(out, &a))
+	return a
 }
 
 func (m *machine) get(path string) (int, string) {
@@ -182,35 +208,17 @@ func TestD6HostAgent(t *testing.T) {
 		}
 		return nil
 	})
-	ctx, cancel := context.WithTimeout(t.Context(), meshtest.Deadline)
-	defer cancel()
-	for uid, want := range map[int]string{web: "/shop/web", database: "/shop/database", 0: "/shop/tool"} {
-		c := m.client(uid)
-		svid, err := c.FetchX509SVID(ctx)
-		require.NoError(t, err, "uid %d", uid)
-		if svid.ID.Path() != want {
-			t.Errorf("uid %d: got %s, want %s", uid, svid.ID, want)
+	for uid, path := range map[uint32]string{web: "/shop/web", database: "/shop/database", 0: "/shop/tool"} {
+		a, want := m.ask(uid), "spiffe://test.example"+path
+		if a.Code != codes.OK || a.ID != want || a.JWTCode != codes.OK || a.Subject != want {
+			t.Errorf("uid %d: got %+v, want %s", uid, a, want)
 		}
-		if left := time.Until(svid.Certificates[0].NotAfter); left > time.Hour+time.Minute {
-			t.Errorf("uid %d: the SVID lives %v", uid, left)
+		if a.Left > time.Hour+time.Minute {
+			t.Errorf("uid %d: the SVID lives %v", uid, a.Left)
 		}
-		token, err := c.FetchJWTSVID(ctx, jwtsvid.Params{Audience: "db"})
-		require.NoError(t, err)
-		// The keys to check it with are pushed.
-		meshtest.Eventually(t, "validating", func() error {
-			got, err := c.ValidateJWTSVID(ctx, token.Marshal(), "db")
-			if err == nil && got.ID.Path() != want {
-				t.Errorf("uid %d: a token of %s", uid, got.ID)
-			}
-			return err
-		})
 	}
-	c := m.client(stranger)
-	if _, err := c.FetchX509SVID(ctx); status.Code(err) != codes.PermissionDenied {
-		t.Errorf("a stranger: got %v, want PermissionDenied", err)
-	}
-	if _, err := c.FetchJWTSVID(ctx, jwtsvid.Params{Audience: "db"}); status.Code(err) != codes.PermissionDenied {
-		t.Errorf("a stranger, JWT: got %v, want PermissionDenied", err)
+	if a := m.ask(stranger); a.Code != codes.PermissionDenied || a.JWTCode != codes.PermissionDenied {
+		t.Errorf("a stranger: got %+v, want PermissionDenied", a)
 	}
 	_, metrics := m.get("/metrics")
 	for _, want := range []string{`sallyport_identity_outage_seconds{identity="self"} `, `sallyport_identity_outage_seconds{identity="apps"} 3`} {
@@ -256,7 +264,7 @@ func TestStopIsTold(t *testing.T) {
 	meshtest.Eventually(t, "ready", func() error { return m.host.ready() })
 	ctx, cancel := context.WithTimeout(t.Context(), meshtest.Deadline)
 	defer cancel()
-	src, err := workloadapi.NewX509Source(ctx, workloadapi.WithClient(m.client(web)))
+	src, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr("unix://"+m.cfg.WorkloadAPI.Socket)))
 	require.NoError(t, err)
 	defer src.Close()
 	begin := time.Now()

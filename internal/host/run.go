@@ -9,7 +9,9 @@ import (
 	"time"
 
 	"github.com/sallyport-mesh/sallyport/internal/admin"
+	"github.com/sallyport-mesh/sallyport/internal/revocation"
 	"github.com/sallyport-mesh/sallyport/internal/xds"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
 // Limits of the connection over which bundles are pushed.
@@ -36,6 +38,7 @@ func (h *Host) Run(ctx context.Context) error {
 	}
 	start(h.agent.Run)
 	start(h.wallet.Run)
+	start(h.book.Run)
 	start(h.keepBundles)
 	if h.endpoint != nil {
 		start(h.endpoint.Serve)
@@ -110,17 +113,28 @@ func (h *Host) receive(ctx context.Context, client *xds.Client) error {
 	return errors.Join(err, conn.Close())
 }
 
-// apply takes bundles; what else is pushed is for those who carry traffic.
+// apply takes bundles and the revocation list; what else is pushed is for those who
+// carry traffic.
 func (h *Host) apply(u xds.Update) error {
 	h.linkUp()
-	if u.Kind != xds.Bundles {
-		return nil
-	}
-	if err := h.agent.SetBundles(u.Bundles); err != nil {
+	switch {
+	case u.Kind == xds.Bundles:
+		return h.agent.SetBundles(u.Bundles)
+	case u.Kind == xds.Revocations && u.Revocations != nil:
+		_, err := h.book.Offer(u.Revocations)
 		return err
 	}
-	h.log.Debug("bundles updated", "revision", u.Rev, "trust_domains", len(u.Bundles))
 	return nil
+}
+
+// refused renews what a new list refuses. Peers learn of it by themselves; here it
+// ends the streams of apps that were revoked.
+func (h *Host) refused(l *revocation.List) {
+	if svid, err := h.agent.Source().GetX509SVID(); err == nil && l.Names(svid.Certificates) {
+		h.log.Info("this agent's issuer is refused, or soon will be; renewing the SVID", "version", l.Version())
+		h.agent.RenewNow()
+	}
+	h.wallet.RenewIf(func(p identity.Peer) bool { return l.Names(p.Chain) || l.Check(p, h.now()) != nil })
 }
 
 func (h *Host) linkUp() {

@@ -73,6 +73,9 @@ func (s *Sidecar) watchBook() {
 			s.log.Info("this sidecar's issuer is refused, or soon will be; renewing the SVID", "version", l.Version())
 			s.agent.RenewNow()
 		}
+		if s.wallet != nil {
+			s.wallet.RenewIf(func(p identity.Peer) bool { return l.Names(p.Chain) || l.Check(p, s.now()) != nil })
+		}
 		if l.TrustDomain() == s.agent.ID().TrustDomain() {
 			s.keeper.note(s.book.Envelope(l.TrustDomain()))
 		}
