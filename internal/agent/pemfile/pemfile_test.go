@@ -303,8 +303,9 @@ func TestGRPCFileWatcher(t *testing.T) {
 	})
 	var made atomic.Int64
 	stop := make(chan struct{})
+	var clients sync.WaitGroup
 	for range 4 {
-		wg.Go(func() {
+		clients.Go(func() {
 			for {
 				select {
 				case <-stop:
@@ -338,6 +339,7 @@ func TestGRPCFileWatcher(t *testing.T) {
 		}
 	}
 	close(stop)
+	clients.Wait()
 	require.NoError(t, ln.Close())
 	wg.Wait()
 	if len(seen) != 100 || made.Load() < 100 {
