@@ -16,6 +16,7 @@ type SidecarConfig struct {
 	Workload string            // metadata.name
 	Serve    map[string]string // port name → where the app listens
 	Outbound []string          // REF:PORT
+	Identity string            // Workload API to take the identity from; "" enrols with a token
 }
 
 // Sidecar is a running sidecar. It ends with the test.
@@ -31,7 +32,13 @@ func (m *Mesh) Sidecar(c SidecarConfig) *Sidecar {
 	dir, err := os.MkdirTemp(m.dir, c.Workload)
 	require.NoError(m.t, err)
 	var b strings.Builder
-	fmt.Fprintf(&b, "controlPlane: %s\ntokenFile: token\ndrain: 1s\ntunnel: {listen: \"127.0.0.1:0\"}\nadmin: {listen: \"127.0.0.1:0\", socket: admin.sock}\n", m.GRPC)
+	fmt.Fprintf(&b, "controlPlane: %s\ndrain: 1s\ntunnel: {listen: \"127.0.0.1:0\"}\nadmin: {listen: \"127.0.0.1:0\", socket: admin.sock}\n", m.GRPC)
+	if c.Identity == "" {
+		b.WriteString("tokenFile: token\n")
+		require.NoError(m.t, os.WriteFile(filepath.Join(dir, "token"), []byte(m.Token(c.Workload)+"\n"), 0o600))
+	} else {
+		fmt.Fprintf(&b, "identity: {workloadAPI: %q}\n", c.Identity)
+	}
 	if len(c.Serve) > 0 {
 		b.WriteString("app:\n")
 	}
@@ -46,7 +53,6 @@ func (m *Mesh) Sidecar(c SidecarConfig) *Sidecar {
 	}
 	path := filepath.Join(dir, "proxy.yaml")
 	require.NoError(m.t, os.WriteFile(path, []byte(b.String()), 0o600))
-	require.NoError(m.t, os.WriteFile(filepath.Join(dir, "token"), []byte(m.Token(c.Workload)+"\n"), 0o600))
 	cfg, err := sidecar.Load(path)
 	require.NoError(m.t, err)
 	s, err := sidecar.New(m.t.Context(), cfg, sidecar.Options{Log: Log(m.t).Named(c.Workload), Version: "test"})

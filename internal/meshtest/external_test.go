@@ -1,0 +1,71 @@
+package meshtest
+
+import (
+	"fmt"
+	"net/http"
+	"path/filepath"
+	"testing"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
+	"github.com/sallyport-mesh/sallyport/internal/controlplane"
+	"github.com/sallyport-mesh/sallyport/internal/issuer/external/issuertest"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
+)
+
+const outsidePolicy = `apiVersion: sallyport.dev/v1
+kind: Policy
+metadata: {name: pay}
+spec:
+  to: {workload: payments}
+  allow:
+    - {from: [{workload: orders}], ports: [http]}
+`
+
+// TestExternalIssuer: control plane and sidecars have their identities from
+// another issuer's Workload API, which replaces them and its root; the mesh
+// authorises by ID alone.
+func TestExternalIssuer(t *testing.T) {
+	td := spiffeid.RequireTrustDomainFromString("test.example")
+	issuer := issuertest.New(t, td)
+	path := issuer.WriteBundle(filepath.Join(t.TempDir(), "bundle.json"))
+	m := New(t, Config{
+		Files: map[string]string{"w.yaml": workloadB + fmt.Sprintf(workloadA, "orders") + fmt.Sprintf(workloadA, "tester") + outsidePolicy},
+		Change: func(c *controlplane.Config) {
+			c.ExternalIssuer.WorkloadAPI = issuer.Serve(spiffeid.RequireFromPath(td, identity.ControlPlanePath))
+			c.ExternalIssuer.Bundle.File = path
+		},
+	})
+	start := func(name, id string, serve map[string]string, outbound ...string) *Sidecar {
+		return m.Sidecar(SidecarConfig{Workload: name, Identity: issuer.Serve(spiffeid.RequireFromPath(td, id)), Serve: serve, Outbound: outbound})
+	}
+	start("payments", "/shop/payments", map[string]string{"http": serveHTTP(t), "echo": serveEcho(t)})
+	orders := start("orders", "/orders", nil, "payments.shop.mesh:http")
+	tester := start("tester", "/tester", nil, "/shop/payments:http")
+	check := func() {
+		t.Helper()
+		wantHTTP(t, "http://"+orders.Out["payments.shop.mesh:http"], http.StatusOK)
+		wantHTTP(t, "http://"+tester.Out["/shop/payments:http"], http.StatusForbidden)
+	}
+	check()
+	issuer.Rotate()
+	issuer.WriteBundle(path)
+	Eventually(t, "the new root", func() error {
+		s, err := m.Admin.Status(t.Context(), &sallyportv1.StatusRequest{})
+		if err == nil && len(s.GetAuthorities()) != 2 {
+			err = fmt.Errorf("authorities %v", s.GetAuthorities())
+		}
+		return err
+	})
+	check()
+	s, err := m.Admin.Status(t.Context(), &sallyportv1.StatusRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range s.GetWorkloads() {
+		if i := w.GetInstances(); len(i) != 1 || !i[0].GetConnected() {
+			t.Errorf("%s has the instances %v, want one that is connected", w.GetName(), i)
+		}
+	}
+}
