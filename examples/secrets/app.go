@@ -14,6 +14,8 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // app is the workload.
@@ -39,11 +41,7 @@ func appFlags(f *flag.FlagSet) *app {
 func (a *app) password(ctx context.Context) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	var opts []workloadapi.ClientOption
-	if a.socket != "" {
-		opts = append(opts, workloadapi.WithAddr(a.socket))
-	}
-	svid, err := workloadapi.FetchJWTSVID(ctx, jwtsvid.Params{Audience: a.audience}, opts...)
+	svid, err := a.identity(ctx)
 	if err != nil {
 		return "", fmt.Errorf("fetching a JWT-SVID: %w", err)
 	}
@@ -69,6 +67,26 @@ func (a *app) password(ctx context.Context) (string, error) {
 		return "", fmt.Errorf("reading %s: it has no password", a.path)
 	}
 	return secret.Data.Data.Password, nil
+}
+
+// identity fetches a JWT-SVID, as soon as there is one: a sidecar that has just
+// started answers Unavailable.
+func (a *app) identity(ctx context.Context) (*jwtsvid.SVID, error) {
+	var opts []workloadapi.ClientOption
+	if a.socket != "" {
+		opts = append(opts, workloadapi.WithAddr(a.socket))
+	}
+	for {
+		svid, err := workloadapi.FetchJWTSVID(ctx, jwtsvid.Params{Audience: a.audience}, opts...)
+		if status.Code(err) != codes.Unavailable {
+			return svid, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
 }
 
 // call is one request of Vault's HTTP API.

@@ -22,13 +22,12 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
-	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/stretchr/testify/require"
-	"google.golang.org/grpc"
 
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/controlplane"
 	"github.com/sallyport-mesh/sallyport/internal/meshtest"
+	"github.com/sallyport-mesh/sallyport/internal/sidecar"
 )
 
 const password = "correct horse battery staple"
@@ -93,35 +92,21 @@ func webCert(t *testing.T) (certFile, keyFile string) {
 	return certFile, keyFile
 }
 
-// door is a Workload API socket in front of one identity of the mesh.
-type door struct {
-	workload.UnimplementedSpiffeWorkloadAPIServer
-	issuer sallyportv1.EnrollmentClient
-}
-
-// FetchJWTSVID asks the control plane, as a sidecar does.
-func (d door) FetchJWTSVID(ctx context.Context, req *workload.JWTSVIDRequest) (*workload.JWTSVIDResponse, error) {
-	resp, err := d.issuer.IssueJWT(ctx, &sallyportv1.IssueJWTRequest{Audience: req.GetAudience()})
-	if err != nil {
-		return nil, err
-	}
-	return &workload.JWTSVIDResponse{Svids: []*workload.JWTSVID{{SpiffeId: resp.GetSpiffeId(), Svid: resp.GetToken()}}}, nil
-}
-
-// socket enrols a workload and opens its socket.
+// socket starts a sidecar of a workload and returns its Workload API.
 func (w *world) socket(name string) string {
 	w.t.Helper()
-	dir, err := os.MkdirTemp("", "wa") // short: socket paths are limited
+	dir, err := os.MkdirTemp("", "sp") // short: socket paths are limited
 	require.NoError(w.t, err)
-	path := filepath.Join(dir, "api.sock")
-	ln, err := net.Listen("unix", path)
+	w.t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	text := fmt.Sprintf("controlPlane: %s\ntokenFile: token\ntunnel: {listen: \"127.0.0.1:0\"}\nadmin: {listen: \"127.0.0.1:0\", socket: admin.sock}\nworkloadAPI: {socket: api.sock}\n", w.mesh.GRPC)
+	require.NoError(w.t, os.WriteFile(filepath.Join(dir, "proxy.yaml"), []byte(text), 0o600))
+	require.NoError(w.t, os.WriteFile(filepath.Join(dir, "token"), []byte(w.mesh.Token(name)+"\n"), 0o600))
+	cfg, err := sidecar.Load(filepath.Join(dir, "proxy.yaml"))
 	require.NoError(w.t, err)
-	s := grpc.NewServer()
-	workload.RegisterSpiffeWorkloadAPIServer(s, door{issuer: sallyportv1.NewEnrollmentClient(w.mesh.Dial(w.mesh.Agent(name)))})
-	done := make(chan struct{})
-	go func() { defer close(done); _ = s.Serve(ln) }()
-	w.t.Cleanup(func() { s.Stop(); <-done; _ = os.RemoveAll(dir) })
-	return "unix://" + path
+	s, err := sidecar.New(w.t.Context(), cfg, sidecar.Options{Log: meshtest.Log(w.t), Version: "test"})
+	require.NoError(w.t, err)
+	meshtest.Go(w.t, "sidecar of "+name, s.Run)
+	return "unix://" + filepath.Join(dir, "api.sock")
 }
 
 func (w *world) app(socket string) *app {
