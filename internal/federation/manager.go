@@ -315,10 +315,28 @@ func (m *Manager) Status() []Status {
 		if s.Problem == "" && s.Bundle == nil && (s.URL == "" || !a.success.IsZero()) {
 			s.Problem = "its bundle holds no key: nothing of it is trusted"
 		}
+		if s.Problem == "" && s.Bundle != nil {
+			s.Problem = ending(s.Bundle, m.cfg.Now())
+		}
 		out = append(out, s)
 	}
 	slices.SortFunc(out, func(a, b Status) int { return a.TrustDomain.Compare(b.TrustDomain) })
 	return out
+}
+
+// ending says so when the last of b's X.509 authorities has less than a sixth of
+// its life left, before anybody is refused for it.
+func ending(b *spiffebundle.Bundle, now time.Time) string {
+	var last *x509.Certificate
+	for _, c := range b.X509Authorities() {
+		if last == nil || c.NotAfter.After(last.NotAfter) {
+			last = c
+		}
+	}
+	if last == nil || last.NotAfter.Sub(now) >= last.NotAfter.Sub(last.NotBefore)/6 {
+		return ""
+	}
+	return fmt.Sprintf("the last authority in its bundle ends at %s: it has to publish a new one", last.NotAfter.UTC().Format(time.RFC3339))
 }
 
 // trust is what endpoints with https_spiffe are verified with: the latest bundle

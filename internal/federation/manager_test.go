@@ -421,3 +421,16 @@ func TestRefusedPeers(t *testing.T) {
 		}
 	}
 }
+
+// TestEndingBundleShows: a fixed bundle that nobody renews is a problem before its
+// last authority ends.
+func TestEndingBundleShows(t *testing.T) {
+	i := newIssuer(t, partner) // of two hours, one is left
+	now := time.Now()
+	if got := ending(i.bundle(), now); got != "" {
+		t.Errorf("problem %q", got)
+	}
+	if got := ending(i.bundle(), now.Add(45*time.Minute)); !strings.Contains(got, "ends at") {
+		t.Errorf("problem %q", got)
+	}
+}

@@ -75,6 +75,30 @@ func TestForeignDestination(t *testing.T) {
 			t.Errorf("%d connections came through", n)
 		}
 	})
+	t.Run("C8 the foreign bundle is missing", func(t *testing.T) {
+		for _, blind := range []func(*twoMeshes) (*identity.Live, *world){
+			func(m *twoMeshes) (*identity.Live, *world) { return m.caller.cfg.Source.(*identity.Live), m.partner },
+			func(m *twoMeshes) (*identity.Live, *world) { return m.server.cfg.Source.(*identity.Live), m.home },
+		} {
+			m := newTwoMeshes(t, payments.String()+":tcp", allowed)
+			live, w := blind(m)
+			own, err := live.GetX509SVID()
+			require.NoError(t, err)
+			live.SetBundles(identity.Bundles{own.ID.TrustDomain(): spiffebundle.FromX509Authorities(own.ID.TrustDomain(), []*x509.Certificate{w.ca.cert})})
+			expectRefused(t, m.caller)
+			if f := only(t, m.caller.flows); f.Outcome != flow.Failed || f.Sent != 0 {
+				t.Errorf("record: %+v", f)
+			}
+		}
+	})
+	t.Run("C8 another workload at the endpoint", func(t *testing.T) {
+		m := newTwoMeshes(t, payments.String()+":tcp", allowed)
+		m.server.cfg.Source.(*identity.Live).SetSVID(m.home.ca.svid(t, intruder))
+		expectRefused(t, m.caller)
+		if f := only(t, m.caller.flows); f.Outcome != flow.Failed || f.Sent != 0 {
+			t.Errorf("record: %+v", f)
+		}
+	})
 	t.Run("unknown alias", func(t *testing.T) {
 		m := newTwoMeshes(t, "payments.shop.elsewhere.mesh:tcp", allowed)
 		expectRefused(t, m.caller)
