@@ -23,6 +23,49 @@ spec:
     - {from: [{workload: orders}], ports: [http]}
 `
 
+const templated = `apiVersion: sallyport.dev/v1
+kind: Workload
+metadata: {name: cluster}
+spec:
+  id: /ns/{namespace}/sa/{serviceAccount}
+  attest: [{kind: kubernetes}]
+  ports: [{name: http, port: 8080, protocol: http}]
+---
+apiVersion: sallyport.dev/v1
+kind: Policy
+metadata: {name: shop}
+spec:
+  to: {id: /ns/shop/sa/ledger}
+  allow:
+    - {from: [{id: /ns/shop/sa/web}], ports: [http]}
+`
+
+// TestTemplatedWorkloads: sidecars whose IDs a template gives are served, found and
+// decided about as any others.
+func TestTemplatedWorkloads(t *testing.T) {
+	td := spiffeid.RequireTrustDomainFromString("test.example")
+	issuer := issuertest.New(t, td)
+	m := New(t, Config{Files: map[string]string{"w.yaml": templated}, Change: func(c *controlplane.Config) {
+		c.ExternalIssuer.WorkloadAPI = issuer.Serve(spiffeid.RequireFromPath(td, identity.ControlPlanePath))
+		c.ExternalIssuer.Bundle.File = issuer.WriteBundle(filepath.Join(t.TempDir(), "bundle.json"))
+	}})
+	const door = "/ns/shop/sa/ledger:http"
+	start := func(id string, serve map[string]string, outbound ...string) *Sidecar {
+		return m.Sidecar(SidecarConfig{Workload: "cluster", Identity: issuer.Serve(spiffeid.RequireFromPath(td, id)), Serve: serve, Outbound: outbound})
+	}
+	start("/ns/shop/sa/ledger", map[string]string{"http": serveHTTP(t)})
+	web, other := start("/ns/shop/sa/web", nil, door), start("/ns/stock/sa/web", nil, door)
+	wantHTTP(t, "http://"+web.Out[door], http.StatusOK)
+	wantHTTP(t, "http://"+other.Out[door], http.StatusForbidden)
+	s, err := m.Admin.Status(t.Context(), &sallyportv1.StatusRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range s.GetProblems() {
+		t.Errorf("a problem: %s", p)
+	}
+}
+
 // TestExternalIssuer: control plane and sidecars have their identities from
 // another issuer's Workload API, which replaces them and its root; the mesh
 // authorises by ID alone.

@@ -74,23 +74,25 @@ type View struct {
 	Revocations []byte
 }
 
-// service is what an ID serves; false for one that no workload has. Of a template
-// nobody can list the IDs: the rules know them.
-func (s *Snapshot) service(id spiffeid.ID) (Service, bool) {
-	if found, ok := s.Services[id]; ok {
-		return found, true
-	}
-	w, ok := s.Rules.Workload(id)
-	return Service{ID: id, Ports: w.Ports}, ok
-}
-
 // Snapshot is the state of the whole mesh at one revision. It is immutable: the
 // server cuts each node's View out of it.
 type Snapshot struct {
-	Rev      Revision
-	Rules    *policy.Ruleset
-	Services map[spiffeid.ID]Service // every workload, with or without endpoints, and every foreign destination
+	Rev   Revision
+	Rules *policy.Ruleset
+	// Services are every workload, with or without endpoints, what a template names
+	// and has endpoints, and every foreign destination.
+	Services map[spiffeid.ID]Service
 	Bundles  identity.Bundles
 	// Revocations is as in View. A newer list may come with the same Rev.
 	Revocations []byte
+}
+
+// service is what an ID serves; false for one that no workload has. The IDs of
+// templates nobody can list: the rules know them.
+func (s *Snapshot) service(id spiffeid.ID) (Service, bool) {
+	if v, ok := s.Services[id]; ok || s.Rules == nil {
+		return v, ok
+	}
+	w, ok := s.Rules.Workload(id)
+	return Service{ID: id, Ports: w.Ports}, ok && w.Template
 }
