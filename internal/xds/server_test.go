@@ -486,3 +486,49 @@ func TestF8ForeignDestination(t *testing.T) {
 		r.send(&request{TypeUrl: typeURL, ResponseNonce: resp.Nonce})
 	}
 }
+
+// F8: of a foreign destination a node is told the ports that the rules let it call.
+func TestF8ForeignPorts(t *testing.T) {
+	set, err := policy.ParseFiles("", map[string][]byte{"a.yaml": []byte(`apiVersion: sallyport.dev/v1
+kind: Workload
+metadata: {name: orders}
+spec: {attest: [{kind: join-token}]}
+---
+apiVersion: sallyport.dev/v1
+kind: TrustDomain
+metadata: {name: partner}
+spec:
+  trustDomain: partner.example
+  bundleEndpoint: {url: "https://partner.example/", profile: https_web}
+  workloads:
+    - id: /payments
+      ports: [{name: http, port: 8080, protocol: http}, {name: admin, port: 9, protocol: tcp}]
+      endpoints: ["192.0.2.7:15008"]
+---
+apiVersion: sallyport.dev/v1
+kind: Policy
+metadata: {name: pay}
+spec:
+  to: {id: spiffe://partner.example/payments}
+  allow: [{from: [{workload: orders}], ports: [http]}]
+`)})
+	require.NoError(t, err)
+	rules, err := policy.Compile(shop, []*policy.Set{set})
+	require.NoError(t, err)
+	foreign := rules.TrustDomains()[0].Workloads[0]
+	snap := shopMesh(t).snapshot()
+	snap.Rules, snap.Services = rules, map[spiffeid.ID]Service{
+		id("/orders"): {ID: id("/orders")},
+		foreign.ID: {ID: foreign.ID, Ports: foreign.Ports, Endpoints: []Endpoint{
+			{Instance: "a", Addr: foreign.Endpoints[0], Ports: []uint16{8080, 9}},
+		}},
+	}
+	h := serve(t, ServerConfig{}, nil)
+	h.SetSnapshot(snap)
+	s := newSidecar("/orders")
+	s.start(t, h)
+	got := s.view(t)[Endpoints].Services[foreign.ID]
+	if len(got.Ports) != 1 || got.Ports[0].Number != 8080 || len(got.Endpoints) != 1 || len(got.Endpoints[0].Ports) != 1 || got.Endpoints[0].Ports[0] != 8080 {
+		t.Errorf("told of %+v, want port 8080 alone", got)
+	}
+}
