@@ -157,6 +157,7 @@ func TestE3_RefusedClaims(t *testing.T) {
 		"audience as prefix":    {"aud": "mesh2"},
 		"audience in capitals":  {"aud": "MESH"},
 		"no audience":           {"aud": nil},
+		"unfit for a log":       {"iss": "a\n\x1b[31m" + strings.Repeat("x", 5000)},
 		"empty audience":        {"aud": []string{}},
 		"expired":               {"exp": at(-time.Second)},
 		"no expiry":             {"exp": nil},
@@ -169,6 +170,8 @@ func TestE3_RefusedClaims(t *testing.T) {
 		for name, changes := range refused {
 			if _, err := v.Verify(t.Context(), i.token(changes)); !errors.Is(err, ErrBadEvidence) {
 				t.Errorf("%s, %s: got %v, want ErrBadEvidence", way, name, err)
+			} else if s := err.Error(); len(s) > 400 || strings.ContainsAny(s, "\n\x1b") {
+				t.Errorf("%s, %s: unfit for a log: %s", way, name, quote(s))
 			}
 		}
 		token := i.token(nil)

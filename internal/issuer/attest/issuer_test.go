@@ -78,12 +78,19 @@ func (i *issuer) writeCA(s *httptest.Server) {
 func (i *issuer) serve(w http.ResponseWriter, r *http.Request) {
 	i.mu.Lock()
 	i.asked[r.URL.Path]++
-	answer, set, review := i.answer, jose.JSONWebKeySet{Keys: i.keys}, i.review
+	answer := i.answer
 	i.mu.Unlock()
-	if answer != nil {
-		answer(w, r)
-		return
+	if answer == nil {
+		answer = i.good
 	}
+	answer(w, r)
+}
+
+// good is the usual answer.
+func (i *issuer) good(w http.ResponseWriter, r *http.Request) {
+	i.mu.Lock()
+	set, review := jose.JSONWebKeySet{Keys: i.keys}, i.review
+	i.mu.Unlock()
 	switch r.URL.Path {
 	case "/.well-known/openid-configuration":
 		writeJSON(w, http.StatusOK, map[string]string{"issuer": i.url, "jwks_uri": i.url + "/keys"})
