@@ -121,6 +121,7 @@ type SidecarConfig struct {
 	Serve    map[string]string // port name → where the app listens
 	Outbound map[string]string // REF:PORT → local address; empty address: a free one
 	Extra    string            // further lines of proxy.yaml
+	Evidence string            // lines of proxy.yaml in place of a join token
 	NoWait   bool              // do not wait for readiness
 	Tunnel   string            // where it takes callers; empty: a free address
 }
@@ -140,6 +141,9 @@ func (m *Mesh) Sidecar(c SidecarConfig) *Sidecar {
 	m.T.Helper()
 	if c.Workload == "" {
 		c.Workload = c.Name
+	}
+	if c.Evidence != "" {
+		return m.SidecarWithToken(c, "")
 	}
 	return m.SidecarWithToken(c, m.Token(c.Workload))
 }
@@ -171,7 +175,10 @@ func (m *Mesh) configure(c SidecarConfig, token string) *Sidecar {
 		s.Tunnel = FreeAddr(m.T)
 	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "controlPlane: %s\ntokenFile: token\nstateDir: state\n", m.GRPC)
+	if c.Evidence == "" {
+		c.Evidence = "tokenFile: token\n"
+	}
+	fmt.Fprintf(&b, "controlPlane: %s\nstateDir: state\n%s", m.GRPC, c.Evidence)
 	fmt.Fprintf(&b, "tunnel: {listen: %s}\nadmin: {listen: %s, socket: admin.sock}\n", s.Tunnel, s.Admin)
 	if len(c.Serve) > 0 {
 		b.WriteString("app:\n")
