@@ -49,7 +49,6 @@ const claimPrefix = "claims."
 // other fields it has.
 type form struct {
 	selectors []string
-	multi     []string // those of which evidence may have several values
 	required  []string
 	issuer    string // the field that names the issuer; "": none
 	via       bool
@@ -61,16 +60,14 @@ func formOf(kind string) (form, bool) {
 	case JoinToken:
 		return form{}, true
 	case X509Pop:
-		return form{issuer: "ca", multi: []string{"organization", "organizationalUnit", "dns", "uri", "ip", "email"},
-			selectors: []string{"commonName", "organization", "organizationalUnit", "dns", "uri", "ip", "email", "fingerprint", "issuerFingerprint"}}, true
+		return form{issuer: "ca", selectors: []string{"commonName", "organization", "organizationalUnit", "dns", "uri", "ip", "email", "fingerprint", "issuerFingerprint"}}, true
 	case Kubernetes:
 		return form{issuer: "cluster", required: []string{"namespace", "serviceAccount"},
 			selectors: []string{"namespace", "serviceAccount", "podName", "podUID", "node"}}, true
 	case OIDC:
 		return form{issuer: "issuer", claims: true}, true
 	case Unix:
-		return form{via: true, multi: []string{"group"},
-			selectors: []string{"uid", "gid", "user", "group", "path", "sha256", "unit", "container", "cgroup"}}, true
+		return form{via: true, selectors: []string{"uid", "gid", "user", "group", "path", "sha256", "unit", "container", "cgroup"}}, true
 	}
 	return form{}, false
 }
@@ -80,11 +77,6 @@ func kindsOfEvidence() []string { return []string{JoinToken, X509Pop, Kubernetes
 // has reports whether evidence of this form can have the selector.
 func (f form) has(key string) bool {
 	return slices.Contains(f.selectors, key) || f.claims && strings.HasPrefix(key, claimPrefix)
-}
-
-// several reports whether evidence can have more than one value of key.
-func (f form) several(key string) bool {
-	return slices.Contains(f.multi, key) || strings.HasPrefix(key, claimPrefix)
 }
 
 // Match reports whether evidence of a kind, from an issuer, is what a asks for;
