@@ -54,7 +54,7 @@ type revoker struct {
 	mu      sync.Mutex
 	read    bool                 // guarded by mu; all has been read
 	all     registry.Revocations // guarded by mu
-	problem string               // guarded by mu; why the list is not out as it should be
+	problem error                // guarded by mu; why the list is not out as it should be
 	removed map[string]bool      // guarded by mu :: SPIFFE ID that is revoked for having no Workload, and for nothing else
 	signer  time.Time            // guarded by mu; when the SVID that signed ends
 	signed  time.Time            // guarded by mu
@@ -138,7 +138,7 @@ func (r *revoker) due() bool {
 	switch {
 	case !r.read:
 		return false
-	case r.problem != "":
+	case r.problem != nil:
 		return true
 	}
 	return !r.now().Before(r.signed.Add(min(r.signer.Sub(r.signed)/2, freshen)))
@@ -177,11 +177,12 @@ func (r *revoker) release() {
 	defer r.mu.Unlock()
 	err := r.releaseLocked()
 	if err == nil {
-		r.problem = ""
+		r.problem = nil
 		return
 	}
-	if r.problem != err.Error() {
-		r.problem = err.Error()
+	news := r.problem == nil || r.problem.Error() != err.Error()
+	r.problem = err
+	if news && !errors.Is(err, identity.ErrNoIdentity) { // of which its own health says more
 		r.log.Error("signing the revocation list; the one before stays out", "error", err)
 	}
 	if r.signed.IsZero() { // policy does not wait for it
@@ -193,10 +194,10 @@ func (r *revoker) release() {
 func (r *revoker) trouble() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.problem == "" {
+	if r.problem == nil || errors.Is(r.problem, identity.ErrNoIdentity) {
 		return ""
 	}
-	return "the revocation list cannot be signed, so what is revoked now is refused here only: " + r.problem
+	return "the revocation list cannot be signed, so what is revoked now is refused here only: " + r.problem.Error()
 }
 
 func (r *revoker) releaseLocked() error {
