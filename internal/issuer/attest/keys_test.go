@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"strings"
 	"sync"
@@ -27,6 +28,8 @@ func (i *issuer) remote() map[string]verifier {
 func TestE3_NoKeysFailsClosed(t *testing.T) {
 	i, elsewhere := newIssuer(t), newIssuer(t)
 	elsewhere.set(i.keys...)
+	plain := httptest.NewServer(http.HandlerFunc(i.good))
+	t.Cleanup(plain.Close)
 	answers := map[string]http.HandlerFunc{
 		"error":   func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusInternalServerError) },
 		"denied":  func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusForbidden) },
@@ -48,7 +51,11 @@ func TestE3_NoKeysFailsClosed(t *testing.T) {
 			writeJSON(w, http.StatusOK, map[string]any{"issuer": elsewhere.url, "jwks_uri": elsewhere.url + "/keys"})
 		},
 		"keys over http": func(w http.ResponseWriter, r *http.Request) {
-			writeJSON(w, http.StatusOK, map[string]any{"issuer": i.url, "jwks_uri": "http://" + r.Host + "/keys"})
+			if r.URL.Path == "/keys" { // asked directly
+				http.Error(w, "", http.StatusNotFound)
+				return
+			}
+			writeJSON(w, http.StatusOK, map[string]any{"issuer": i.url, "jwks_uri": plain.URL + "/keys"})
 		},
 	}
 	for name, answer := range answers {
@@ -248,6 +255,36 @@ func TestSlowIssuerHoldsNobodyBack(t *testing.T) {
 	close(release)
 	if err := <-done; err != nil {
 		t.Error(err)
+	}
+}
+
+// TestWhoLeavesDoesNotStopTheFetch: otherwise strangers could use up each attempt.
+func TestWhoLeavesDoesNotStopTheFetch(t *testing.T) {
+	i := newIssuer(t)
+	document, err := json.Marshal(jose.JSONWebKeySet{Keys: i.keys})
+	require.NoError(t, err)
+	ctx, leave := context.WithCancel(t.Context())
+	k := newKeys(i.clock, func(ctx context.Context) ([]byte, error) {
+		leave()
+		return document, ctx.Err()
+	})
+	if _, err := k.find(ctx, "e1"); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestKeySetIsBounded(t *testing.T) {
+	i := newIssuer(t)
+	for n, good := range map[int]bool{maxKeys: true, maxKeys + 1: false} {
+		set := jose.JSONWebKeySet{}
+		for range n {
+			set.Keys = append(set.Keys, i.keys[1])
+		}
+		document, err := json.Marshal(set)
+		require.NoError(t, err)
+		if _, err := parseKeys(document); (err == nil) != good {
+			t.Errorf("%d keys: %v", n, err)
+		}
 	}
 }
 

@@ -124,6 +124,7 @@ func TestE3_TokenReviewAnswers(t *testing.T) {
 		"no audiences":            {change("status.audiences", nil), ErrBadEvidence, "audience"},
 		"another audience":        {change("status.audiences", []string{"mesh2"}), ErrBadEvidence, "audience"},
 		"a person":                {change("status.user.username", "alice"), ErrBadEvidence, "alice"},
+		"a name like a pod's":     {change("status.user.username", "shop:payments"), ErrBadEvidence, ""},
 		"a node":                  {change("status.user.username", "system:node:n1"), ErrBadEvidence, ""},
 		"no name":                 {change("status.user.username", "system:serviceaccount:shop:"), ErrBadEvidence, ""},
 		"too many parts":          {change("status.user.username", "system:serviceaccount:shop:a:b"), ErrBadEvidence, ""},
