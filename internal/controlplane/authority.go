@@ -71,6 +71,7 @@ func (c *ControlPlane) openCA(ctx context.Context) (err error) {
 		TrustDomain: td, KeyDir: filepath.Join(c.cfg.DataDir, "keys"), Store: c.store,
 		RootTTL: c.cfg.CA.RootTTL, IntermediateTTL: c.cfg.CA.IntermediateTTL, SVIDTTL: c.cfg.CA.SVIDTTL, JWTKeyTTL: c.cfg.CA.JWTKeyTTL,
 		JWTIssuer: c.cfg.JWTIssuer,
+		Signer:    ca.SignerConfig{PKCS11: ca.PKCS11(c.cfg.CA.PKCS11), Upstream: ca.Upstream(c.cfg.CA.Upstream)},
 		Now:       c.opts.Now, Log: c.log,
 	})
 	return err

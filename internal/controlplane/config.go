@@ -71,13 +71,73 @@ type Announce struct {
 	Ranges []netip.Prefix `yaml:"ranges"`
 }
 
-// CA holds lifetimes. Each authority must live at least six times as long as
-// what it signs.
+// CA holds lifetimes, and says where the keys above the intermediates are. Each
+// authority must live at least six times as long as what it signs.
 type CA struct {
 	RootTTL         time.Duration `yaml:"rootTTL"`         // default 10 years
 	IntermediateTTL time.Duration `yaml:"intermediateTTL"` // default 90 days
 	SVIDTTL         time.Duration `yaml:"svidTTL"`         // default 24 h
 	JWTKeyTTL       time.Duration `yaml:"jwtTTL"`          // of a key that signs JWT-SVIDs; default 30 days
+
+	Signer   string   `yaml:"signer"` // file, pkcs11, upstream. Default file
+	PKCS11   PKCS11   `yaml:"pkcs11"`
+	Upstream Upstream `yaml:"upstream"`
+}
+
+// PKCS11 names a token; all are required with signer pkcs11.
+type PKCS11 struct {
+	Helper  string `yaml:"helper"`  // the program sallyport-pkcs11
+	Module  string `yaml:"module"`  // the token's library
+	Token   string `yaml:"token"`   // its label
+	PINFile string `yaml:"pinFile"` // 0600
+}
+
+// Upstream names what another CA signed; all are required with signer upstream.
+type Upstream struct {
+	CertFile   string `yaml:"certFile"`   // PEM: the intermediate, and those above it
+	KeyFile    string `yaml:"keyFile"`    // PEM, 0600
+	BundleFile string `yaml:"bundleFile"` // PEM: the roots
+}
+
+// Kinds of CA.Signer.
+const (
+	signerFile     = "file"
+	signerPKCS11   = "pkcs11"
+	signerUpstream = "upstream"
+)
+
+func (c *CA) files() []*string {
+	return []*string{&c.PKCS11.Helper, &c.PKCS11.Module, &c.PKCS11.PINFile, &c.Upstream.CertFile, &c.Upstream.KeyFile, &c.Upstream.BundleFile}
+}
+
+func (c CA) validate() error {
+	var errs []error
+	need := func(key, value string) {
+		if value == "" {
+			errs = append(errs, fmt.Errorf("%s: required with ca.signer %s", key, c.Signer))
+		}
+	}
+	switch c.Signer {
+	case signerFile:
+	case signerPKCS11:
+		need("ca.pkcs11.helper", c.PKCS11.Helper)
+		need("ca.pkcs11.module", c.PKCS11.Module)
+		need("ca.pkcs11.token", c.PKCS11.Token)
+		need("ca.pkcs11.pinFile", c.PKCS11.PINFile)
+	case signerUpstream:
+		need("ca.upstream.certFile", c.Upstream.CertFile)
+		need("ca.upstream.keyFile", c.Upstream.KeyFile)
+		need("ca.upstream.bundleFile", c.Upstream.BundleFile)
+	default:
+		errs = append(errs, fmt.Errorf("ca.signer %q: want file, pkcs11 or upstream", c.Signer))
+	}
+	if c.PKCS11 != (PKCS11{}) && c.Signer != signerPKCS11 {
+		errs = append(errs, fmt.Errorf("ca.pkcs11: not used with ca.signer %s", c.Signer))
+	}
+	if c.Upstream != (Upstream{}) && c.Signer != signerUpstream {
+		errs = append(errs, fmt.Errorf("ca.upstream: not used with ca.signer %s", c.Signer))
+	}
+	return errors.Join(errs...)
 }
 
 // Log says what is logged and how.
@@ -101,7 +161,7 @@ func LoadConfig(path string) (Config, error) {
 	}
 	dir := filepath.Dir(path)
 	files := []*string{&c.DataDir, &c.AdminSocket, &c.PolicyDir, &c.Etcd.CAFile, &c.Etcd.CertFile, &c.Etcd.KeyFile}
-	for _, p := range slices.Concat(files, c.Attest.files(), c.trustFiles()) {
+	for _, p := range slices.Concat(files, c.Attest.files(), c.trustFiles(), c.CA.files()) {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(dir, *p)
 		}
@@ -129,6 +189,7 @@ func (c Config) WithDefaults() Config {
 	setDefault(&c.CA.IntermediateTTL, 90*24*time.Hour)
 	setDefault(&c.CA.SVIDTTL, 24*time.Hour)
 	setDefault(&c.CA.JWTKeyTTL, 30*24*time.Hour)
+	setDefault(&c.CA.Signer, signerFile)
 	setDefault(&c.Log.Level, "info")
 	setDefault(&c.Log.Format, "text")
 	if c.AdminSocket == "" && c.DataDir != "" {
@@ -187,6 +248,7 @@ func (c Config) Validate() error {
 			}
 		}
 	}
+	errs = append(errs, c.CA.validate())
 	if c.CA.SVIDTTL < time.Second {
 		errs = append(errs, fmt.Errorf("ca.svidTTL %v: at least 1s", c.CA.SVIDTTL))
 	}

@@ -66,6 +66,11 @@ func TestValidateNamesTheKey(t *testing.T) {
 		"ca.svidTTL":         func(c *controlplane.Config) { c.CA.SVIDTTL = time.Millisecond },
 		"ca.jwtTTL":          func(c *controlplane.Config) { c.CA.JWTKeyTTL = time.Minute },
 		"ca.intermediateTTL": func(c *controlplane.Config) { c.CA.IntermediateTTL = time.Hour },
+		"ca.signer \"tpm\"":  func(c *controlplane.Config) { c.CA.Signer = "tpm" },
+		"ca.pkcs11.module":   func(c *controlplane.Config) { c.CA.Signer, c.CA.PKCS11.Helper = "pkcs11", "x" },
+		"ca.upstream.key":    func(c *controlplane.Config) { c.CA.Signer, c.CA.Upstream.CertFile = "upstream", "x" },
+		"not used with":      func(c *controlplane.Config) { c.CA.Upstream.CertFile = "x" },
+		"ca.pkcs11: not":     func(c *controlplane.Config) { c.CA.PKCS11.Token = "x" },
 		"ca.rootTTL":         func(c *controlplane.Config) { c.CA.RootTTL = 24 * time.Hour },
 		"attest.x509pop[1].name \"factory\": is there twice": func(c *controlplane.Config) {
 			c.Attest.X509Pop = []attest.X509PopConfig{{Name: "factory", CAFile: "x"}, {Name: "factory", CAFile: "y"}}

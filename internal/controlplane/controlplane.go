@@ -179,6 +179,8 @@ func (c *ControlPlane) build() {
 	}
 	if c.external != nil {
 		c.health.BeforeReport(c.checkExternal)
+	} else {
+		c.health.BeforeReport(c.checkAuthority)
 	}
 	c.registerMetrics()
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -27,6 +28,8 @@ const (
 
 	componentFederation = "federation"
 	componentIssuer     = "issuer" // an external one
+	// componentAuthority says what must be done before signing keys expire.
+	componentAuthority = "authority"
 )
 
 const (
@@ -177,6 +180,18 @@ func problem(c *catalog.Catalog) error {
 		return errors.New(p)
 	}
 	return nil
+}
+
+func (c *ControlPlane) checkAuthority() {
+	var problems []string
+	for _, p := range c.ca.Health() {
+		problems = append(problems, p.Error())
+	}
+	status := admin.OK
+	if len(problems) > 0 {
+		status = admin.Degraded
+	}
+	c.health.Set(componentAuthority, status, strings.Join(problems, "; "))
 }
 
 func (c *ControlPlane) authorities() []*sallyportv1.Authority {

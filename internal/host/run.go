@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -130,11 +132,13 @@ func (h *Host) apply(u xds.Update) error {
 // refused renews what a new list refuses. Peers learn of it by themselves; here it
 // ends the streams of apps that were revoked.
 func (h *Host) refused(l *revocation.List) {
-	if svid, err := h.agent.Source().GetX509SVID(); err == nil && l.Names(svid.Certificates) {
-		h.log.Info("this agent's issuer is refused, or soon will be; renewing the SVID", "version", l.Version())
+	refused := func(p identity.Peer) bool { return l.Names(p.Chain) || l.Check(p, h.now()) != nil }
+	if svid, err := h.agent.Source().GetX509SVID(); err == nil &&
+		refused(identity.Peer{ID: svid.ID, Leaf: svid.Certificates[0], Chain: svid.Certificates}) {
+		h.log.Info("this agent's SVID is refused, or soon will be; renewing it", "version", l.Version())
 		h.agent.RenewNow()
 	}
-	h.wallet.RenewIf(func(p identity.Peer) bool { return l.Names(p.Chain) || l.Check(p, h.now()) != nil })
+	h.wallet.RenewIf(refused)
 }
 
 func (h *Host) linkUp() {
@@ -145,6 +149,9 @@ func (h *Host) linkUp() {
 }
 
 func (h *Host) linkLost(err error) {
+	if status.Code(err) == codes.Unauthenticated { // the SVID is as good as none; the list may not come
+		h.agent.RenewNow()
+	}
 	if h.health.Get(componentLink).Status == admin.OK {
 		h.log.Warn("no connection to the control plane; identities are served from what is there", "error", err)
 	}

@@ -42,7 +42,7 @@ func (s *Service) issueFor(ctx context.Context, req *sallyportv1.IssueForRequest
 		return nil, err
 	}
 	return s.issue(ctx, issuance{
-		inst: inst, key: key, ttl: AppTTL, action: audit.ActionRenew, actor: caller.ID.String(), detail: vouchedBy(inst),
+		inst: inst, key: key, ttl: min(AppTTL, caller.Leaf.NotAfter.Sub(s.cfg.Now())), action: audit.ActionRenew, actor: caller.ID.String(), detail: vouchedBy(inst),
 	})
 }
 

@@ -12,6 +12,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/sallyport-mesh/sallyport/internal/admin"
 	"github.com/sallyport-mesh/sallyport/internal/proxy"
@@ -69,8 +70,8 @@ func (s *Sidecar) watchBook() {
 	s.book.Watch(s.near.Spread)
 	s.book.Watch(func(l *revocation.List) {
 		s.log.Debug("revocation list in force", "version", l.Version(), "entries", l.Len(), "issued", l.Issued())
-		if svid, err := s.agent.Source().GetX509SVID(); err == nil && l.Names(svid.Certificates) {
-			s.log.Info("this sidecar's issuer is refused, or soon will be; renewing the SVID", "version", l.Version())
+		if svid, err := s.agent.Source().GetX509SVID(); err == nil && refuses(l, svid, s.now()) {
+			s.log.Info("this sidecar's SVID is refused, or soon will be; renewing it", "version", l.Version())
 			s.agent.RenewNow()
 		}
 		if s.wallet != nil {
@@ -80,6 +81,12 @@ func (s *Sidecar) watchBook() {
 			s.keeper.note(s.book.Envelope(l.TrustDomain()))
 		}
 	})
+}
+
+// refuses reports whether l names an issuer of svid, or refuses it already.
+func refuses(l *revocation.List, svid *x509svid.SVID, now time.Time) bool {
+	own := identity.Peer{ID: svid.ID, Leaf: svid.Certificates[0], Chain: svid.Certificates}
+	return l.Names(own.Chain) || l.Check(own, now) != nil
 }
 
 // note has an envelope saved soon. Of several only the newest is. Calls must follow

@@ -2,6 +2,8 @@ package sidecar
 
 import (
 	"fmt"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"net"
 	"strings"
 	"time"
@@ -156,6 +158,9 @@ func (s *Sidecar) linkUp() {
 // linkLost notes that a connection failed or ended. While another one stands,
 // that is no trouble yet.
 func (s *Sidecar) linkLost(err error, other *session) {
+	if status.Code(err) == codes.Unauthenticated { // the SVID is as good as none; the list may not come
+		s.agent.RenewNow()
+	}
 	if other != nil {
 		s.log.Debug("no new connection to the control plane yet", "error", err)
 		return

@@ -178,7 +178,6 @@ type how struct {
 }
 
 func (i *issuer) es256() how { return how{jose.ES256, i.ec, map[string]any{"kid": "e1"}} }
-func (i *issuer) rs256() how { return how{jose.RS256, i.rsa, map[string]any{"kid": "r1"}} }
 
 func (i *issuer) token(changes map[string]any) string {
 	i.t.Helper()

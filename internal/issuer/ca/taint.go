@@ -239,6 +239,9 @@ func (c *CA) newCross(old *anchor, root *x509.Certificate, now time.Time) (*x509
 	return cert, nil
 }
 
+// TaintGrace is how long everybody has to renew.
+func (c *CA) TaintGrace() time.Duration { return c.cfg.TaintGrace }
+
 // Tainted lists the keys that are not believed any more and whose
 // replacement signs, in the order of their hashes.
 func (c *CA) Tainted() []Tainted { return c.state.Load().tainted }
@@ -280,6 +283,3 @@ func (s *state) effective(b *book) (list []Tainted) {
 	slices.SortFunc(list, func(x, y Tainted) int { return cmp.Compare(x.KeyHash, y.KeyHash) })
 	return list
 }
-
-// TaintGrace is how long everybody has to renew.
-func (c *CA) TaintGrace() time.Duration { return c.cfg.TaintGrace }
