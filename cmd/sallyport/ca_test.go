@@ -2,14 +2,24 @@ package main
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/pem"
+	"math/big"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/stretchr/testify/require"
+
+	"github.com/sallyport-mesh/sallyport/internal/issuer/ca"
+	"github.com/sallyport-mesh/sallyport/internal/store"
 )
 
 func TestCSRAsksForTheProfileOfASigningCertificate(t *testing.T) {
@@ -68,5 +78,46 @@ func TestCSRAsksForTheProfileOfASigningCertificate(t *testing.T) {
 	}
 	if data, err := os.ReadFile(keyFile); err != nil || string(data) != "x" {
 		t.Error("an existing file was overwritten")
+	}
+}
+
+// A CA that grants what the request asks for, and nothing else, makes an
+// intermediate that the control plane's CA accepts.
+func TestCSRLeadsToAnUpstreamIntermediate(t *testing.T) {
+	dir := t.TempDir()
+	files := ca.Upstream{CertFile: filepath.Join(dir, "ca.pem"), KeyFile: filepath.Join(dir, "ca.key"), BundleFile: filepath.Join(dir, "bundle.pem")}
+	var out, errs bytes.Buffer
+	code := run(t.Context(), []string{"ca", "csr", "--key", files.KeyFile, "--trust-domain", "shop.example"}, &out, &errs)
+	require.Zero(t, code, errs.String())
+	block, _ := pem.Decode(out.Bytes())
+	csr, err := x509.ParseCertificateRequest(block.Bytes)
+	require.NoError(t, err)
+
+	rootKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	require.NoError(t, err)
+	sign := func(file string, tmpl, parent *x509.Certificate, pub any) {
+		tmpl.NotBefore, tmpl.NotAfter = time.Now().Add(-time.Minute), time.Now().Add(24*time.Hour)
+		der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, pub, rootKey)
+		require.NoError(t, err)
+		require.NoError(t, os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600))
+	}
+	root := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "offline root"}, IsCA: true, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageCertSign, SubjectKeyId: []byte{1},
+	}
+	sign(files.BundleFile, root, root, rootKey.Public())
+	sign(files.CertFile, &x509.Certificate{SerialNumber: big.NewInt(2), Subject: csr.Subject, URIs: csr.URIs, ExtraExtensions: csr.Extensions}, root, csr.PublicKey)
+
+	mem := store.NewMemory()
+	t.Cleanup(func() { mem.Close() })
+	c, err := ca.Open(t.Context(), ca.Config{KeyDir: filepath.Join(dir, "keys"), Store: mem, TrustDomain: spiffeid.RequireTrustDomainFromString("shop.example"), SVIDTTL: time.Hour, Signer: ca.SignerConfig{Upstream: files}})
+	require.NoError(t, err)
+	svid, err := c.ServerSVID().GetX509SVID()
+	require.NoError(t, err)
+	if got := svid.Certificates[1].Subject.CommonName; got != csr.Subject.CommonName {
+		t.Errorf("signed by %s", got)
+	}
+	if list := c.Health(); len(list) != 0 {
+		t.Errorf("health: %v", list)
 	}
 }

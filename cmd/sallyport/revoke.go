@@ -122,7 +122,11 @@ everywhere.`,
 					return err
 				}
 				return c.print(resp, func(w io.Writer) {
-					fmt.Fprintf(w, "%s is tainted; %s signs in its place\n", resp.GetAuthority(), resp.GetReplacedBy())
+					by := resp.GetReplacedBy()
+					if by == "" {
+						by = "what its own replica makes now"
+					}
+					fmt.Fprintf(w, "%s is tainted; %s signs in its place\n", resp.GetAuthority(), by)
 				})
 			})
 		},
