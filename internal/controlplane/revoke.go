@@ -150,7 +150,7 @@ func (r *revoker) refuseTainted(ctx context.Context, c *ca.CA, grace time.Durati
 	return c.WatchTainted(ctx, func(all []ca.Tainted) error {
 		for _, t := range all {
 			hash, err := hex.DecodeString(t.KeyHash)
-			if err != nil || t.Kind == "jwt" { // JWT keys have left the bundle already
+			if err != nil || t.Kind == "jwt" { // JWT keys leave the bundle by themselves
 				continue
 			}
 			for {
