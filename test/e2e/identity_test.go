@@ -114,6 +114,7 @@ func TestGoSPIFFEOverTheSockets(t *testing.T) {
 
 	provider, err := pemfile.NewProvider(pemfile.Options{
 		CertFile: filepath.Join(m.files, "svid.pem"), KeyFile: filepath.Join(m.files, "svid_key.pem"), RootFile: filepath.Join(m.files, "bundle.pem"),
+		RefreshDuration: 50 * time.Millisecond, // the files may be on their way
 	})
 	require.NoError(t, err)
 	defer provider.Close()
