@@ -178,7 +178,7 @@ func decodeBundles(j stateJSON) (identity.Bundles, error) {
 		if err != nil {
 			return nil, err
 		}
-		if out[td], err = spiffebundle.Parse(td, data); err != nil {
+		if out[td], err = identity.ParseBundle(td, data); err != nil {
 			return nil, fmt.Errorf("bundle of %s: %w", td, err)
 		}
 	}

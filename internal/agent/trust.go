@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"sync/atomic"
 
-	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -96,7 +95,7 @@ func readTrustBundle(path string) ([]*x509.Certificate, error) {
 	data := []byte(text)
 	var roots []*x509.Certificate
 	if bytes.HasPrefix(data, []byte("{")) {
-		b, err := spiffebundle.Parse(spiffeid.TrustDomain{}, data)
+		b, err := identity.ParseBundle(spiffeid.TrustDomain{}, data)
 		if err != nil {
 			return nil, fmt.Errorf("reading trustBundle %s: %w", path, err)
 		}

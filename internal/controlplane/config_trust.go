@@ -94,7 +94,7 @@ func (b ExternalBundle) peer(td spiffeid.TrustDomain, p *federation.Peer) (err e
 	if b.BootstrapFile != "" {
 		data, err := os.ReadFile(b.BootstrapFile)
 		if err == nil {
-			p.Bootstrap, err = federation.Parse(td, data)
+			p.Bootstrap, err = identity.ParseBundle(td, data)
 		}
 		if err != nil {
 			return fmt.Errorf("externalIssuer.bundle.bootstrapFile: %w", err)

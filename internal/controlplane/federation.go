@@ -197,7 +197,7 @@ func (a *adminServer) TrustBundle(_ context.Context, req *sallyportv1.TrustBundl
 	if bundle == nil {
 		return nil, errStarting()
 	}
-	data, err := federation.Marshal(bundle)
+	data, err := identity.MarshalBundle(bundle)
 	if err != nil {
 		return nil, status.Error(codes.Internal, err.Error())
 	}

@@ -11,6 +11,8 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/stretchr/testify/require"
+
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
 // jwk is one entry as its issuer writes it, with what change does to it.
@@ -32,12 +34,12 @@ func jwk(t *testing.T, key jose.JSONWebKey, change func(map[string]any)) string 
 // what is unknown is ignored, none usable is valid and trusts nothing.
 func TestB4_1_3_Keys(t *testing.T) {
 	i := newIssuer(t, partner)
-	root := jose.JSONWebKey{Key: i.roots[0].PublicKey, Use: useX509, Certificates: i.roots[:1]}
-	signing := jose.JSONWebKey{Key: newKey(t).Public(), Use: useJWT, KeyID: "a"}
+	root := jose.JSONWebKey{Key: i.roots[0].PublicKey, Use: "x509-svid", Certificates: i.roots[:1]}
+	signing := jose.JSONWebKey{Key: newKey(t).Public(), Use: "jwt-svid", KeyID: "a"}
 	set := func(key, value string) func(map[string]any) { return func(m map[string]any) { m[key] = value } }
 	without := func(key string) func(map[string]any) { return func(m map[string]any) { delete(m, key) } }
 	leaf := i.svid("spiffe://partner.example/a").Certificates[0]
-	private := jose.JSONWebKey{Key: newKey(t), Use: useJWT, KeyID: "a"}
+	private := jose.JSONWebKey{Key: newKey(t), Use: "jwt-svid", KeyID: "a"}
 	for _, tt := range []struct {
 		name, doc   string
 		x509s, jwts int
@@ -64,23 +66,23 @@ func TestB4_1_3_Keys(t *testing.T) {
 			m["x5c"] = append(m["x5c"].([]any), m["x5c"].([]any)[0])
 		}) + `]}`, problem: "2 certificates"},
 		{name: "another key than the certificate's", doc: `{"keys":[` + jwk(t, signing, func(m map[string]any) {
-			m["use"] = useX509
+			m["use"] = "x509-svid"
 			var r map[string]any
 			require.NoError(t, json.Unmarshal([]byte(jwk(t, root, nil)), &r))
 			m["x5c"] = r["x5c"]
 		}) + `]}`, problem: "do not match"},
-		{name: "a leaf as authority", doc: `{"keys":[` + jwk(t, jose.JSONWebKey{Key: leaf.PublicKey, Use: useX509, Certificates: append(i.roots[:0:0], leaf)}, nil) + `]}`, problem: "not the certificate of an authority"},
+		{name: "a leaf as authority", doc: `{"keys":[` + jwk(t, jose.JSONWebKey{Key: leaf.PublicKey, Use: "x509-svid", Certificates: append(i.roots[:0:0], leaf)}, nil) + `]}`, problem: "not the certificate of an authority"},
 		{name: "J6 no kid", doc: `{"keys":[` + jwk(t, signing, without("kid")) + `]}`, problem: "keyID"},
 		{name: "kid twice", doc: `{"keys":[` + jwk(t, signing, nil) + `,` + jwk(t, signing, nil) + `]}`, problem: "twice"},
 		{name: "private key", doc: `{"keys":[` + jwk(t, private, nil) + `]}`, problem: "not a valid public key"},
 		{name: "sequence below zero", doc: `{"keys":[],"spiffe_sequence":-1}`, problem: "not a JWK set"},
 		{name: "hint below zero", doc: `{"keys":[],"spiffe_refresh_hint":-1}`, problem: "spiffe_refresh_hint"},
 		{name: "hint in fractions", doc: `{"keys":[],"spiffe_refresh_hint":1.5}`, problem: "not a JWK set"},
-		{name: "too many", doc: `{"keys":[` + strings.TrimSuffix(strings.Repeat(`{},`, maxKeys+1), ",") + `]}`, problem: "keys, at most"},
-		{name: "too large", doc: `{"keys":[]}` + strings.Repeat(" ", MaxDocument), problem: "larger than"},
+		{name: "too many", doc: `{"keys":[` + strings.TrimSuffix(strings.Repeat(`{},`, 256+1), ",") + `]}`, problem: "keys, at most"},
+		{name: "too large", doc: `{"keys":[]}` + strings.Repeat(" ", identity.MaxBundle), problem: "larger than"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			b, err := Parse(partner, []byte(tt.doc))
+			b, err := identity.ParseBundle(partner, []byte(tt.doc))
 			if tt.problem != "" {
 				if err == nil || !strings.Contains(err.Error(), tt.problem) {
 					t.Fatalf("got %v, want an error with %q", err, tt.problem)
@@ -108,7 +110,7 @@ func TestB4_2_WhatWeWrite(t *testing.T) {
 	}
 	b := i.bundle()
 	b.SetRefreshHint(1500 * time.Millisecond)
-	data, err := Marshal(b)
+	data, err := identity.MarshalBundle(b)
 	require.NoError(t, err)
 	var doc struct {
 		Keys []map[string]any
@@ -119,8 +121,8 @@ func TestB4_2_WhatWeWrite(t *testing.T) {
 	for _, k := range doc.Keys {
 		_, hasKid := k["kid"]
 		x5c, _ := k["x5c"].([]any)
-		isX509 := k["use"] == useX509
-		if k["kty"] != "EC" || isX509 == hasKid || isX509 != (len(x5c) == 1) || !isX509 && k["use"] != useJWT || k["d"] != nil {
+		isX509 := k["use"] == "x509-svid"
+		if k["kty"] != "EC" || isX509 == hasKid || isX509 != (len(x5c) == 1) || !isX509 && k["use"] != "jwt-svid" || k["d"] != nil {
 			t.Errorf("wrote the entry %v", k)
 		}
 	}
@@ -128,7 +130,7 @@ func TestB4_2_WhatWeWrite(t *testing.T) {
 		t.Errorf("%d keys, hint %s, sequence %s", len(doc.Keys), doc.Hint, doc.Seq)
 	}
 	for range 20 {
-		again, err := Marshal(b.Clone())
+		again, err := identity.MarshalBundle(b.Clone())
 		require.NoError(t, err)
 		if !bytes.Equal(data, again) {
 			t.Fatal("the same bundle was written in two ways")
@@ -136,7 +138,7 @@ func TestB4_2_WhatWeWrite(t *testing.T) {
 	}
 	theirs, err := spiffebundle.Parse(partner, data)
 	require.NoError(t, err)
-	ours, err := Parse(partner, data)
+	ours, err := identity.ParseBundle(partner, data)
 	require.NoError(t, err)
 	b.SetRefreshHint(2 * time.Second)
 	if !theirs.Equal(b) || !ours.Equal(b) {
@@ -149,20 +151,20 @@ func TestB4_2_WhatWeWrite(t *testing.T) {
 
 func FuzzParse(f *testing.F) {
 	i := newIssuer(f, partner)
-	data, err := Marshal(i.bundle())
+	data, err := identity.MarshalBundle(i.bundle())
 	require.NoError(f, err)
 	f.Add(data)
 	f.Add([]byte(`{"keys":[{"kty":"EC","use":"jwt-svid"}],"spiffe_sequence":1}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		b, err := Parse(partner, data)
+		b, err := identity.ParseBundle(partner, data)
 		if err != nil {
 			return
 		}
-		again, err := Marshal(b)
+		again, err := identity.MarshalBundle(b)
 		if err != nil {
 			t.Fatalf("read but cannot be written: %v", err)
 		}
-		if c, err := Parse(partner, again); err != nil || !c.Equal(b) {
+		if c, err := identity.ParseBundle(partner, again); err != nil || !c.Equal(b) {
 			t.Fatalf("written and read again is something else (%v): %s", err, again)
 		}
 	})

@@ -16,6 +16,8 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
 // Profile is how a bundle endpoint proves who it is (SPIFFE Federation 5.2).
@@ -98,7 +100,7 @@ func checkURL(u *url.URL) error {
 func (p Peer) origin() string {
 	var bootstrap []byte
 	if p.Bootstrap != nil {
-		bootstrap, _ = Marshal(p.Bootstrap) // what it cannot say does not count
+		bootstrap, _ = identity.MarshalBundle(p.Bootstrap) // what it cannot say does not count
 	}
 	data, _ := json.Marshal([]string{p.TrustDomain.Name(), p.URL, string(p.Profile), p.EndpointID.String(), string(bootstrap)}) // strings always can
 	sum := sha256.Sum256(data)

@@ -39,7 +39,7 @@ type anonymous struct{ x509bundle.Source }
 // GetX509SVID always says that there is none.
 func (anonymous) GetX509SVID() (*x509svid.SVID, error) { return nil, identity.ErrNoIdentity }
 
-// fetch returns what p's endpoint answers, at most MaxDocument bytes. A redirect
+// fetch returns what p's endpoint answers, at most identity.MaxBundle bytes. A redirect
 // is followed to https URLs only, and the server there has to prove the same.
 func (f *fetcher) fetch(ctx context.Context, p Peer) ([]byte, error) {
 	if err := CheckURL(p.URL); err != nil {
@@ -80,12 +80,12 @@ func (f *fetcher) fetch(ctx context.Context, p Peer) ([]byte, error) {
 	if resp.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("%s answered %d", resp.Request.URL.Redacted(), resp.StatusCode)
 	}
-	data, err := io.ReadAll(io.LimitReader(resp.Body, MaxDocument+1))
+	data, err := io.ReadAll(io.LimitReader(resp.Body, identity.MaxBundle+1))
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("reading the answer: %w", err)
-	case len(data) > MaxDocument:
-		return nil, fmt.Errorf("%s answered with more than %d bytes", resp.Request.URL.Redacted(), MaxDocument)
+	case len(data) > identity.MaxBundle:
+		return nil, fmt.Errorf("%s answered with more than %d bytes", resp.Request.URL.Redacted(), identity.MaxBundle)
 	}
 	return data, nil
 }

@@ -31,7 +31,7 @@ func fetchOnce(t *testing.T, p Peer, roots *x509.CertPool, trust ...*spiffebundl
 	if err != nil {
 		return nil, err
 	}
-	return Parse(p.TrustDomain, data)
+	return identity.ParseBundle(p.TrustDomain, data)
 }
 
 func wantError(t *testing.T, err error, text string) {
@@ -255,7 +255,7 @@ func TestF5_2_1_3_WebRedirect(t *testing.T) {
 func TestFetchLimits(t *testing.T) {
 	i := newIssuer(t, partner)
 	e := spiffeEndpoint(t, i, i, endpointID)
-	data, err := Marshal(i.bundle())
+	data, err := identity.MarshalBundle(i.bundle())
 	require.NoError(t, err)
 	write := func(code int, body string) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -273,7 +273,7 @@ func TestFetchLimits(t *testing.T) {
 		{"not found, with a bundle", write(404, string(data)), "answered 404"},
 		{"no content", write(204, ""), "answered 204"},
 		{"garbage", write(200, "<html>"), "not a JWK set"},
-		{"too large", write(200, string(data)+strings.Repeat(" ", MaxDocument)), "more than"},
+		{"too large", write(200, string(data)+strings.Repeat(" ", identity.MaxBundle)), "more than"},
 		{"large header", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("X", strings.Repeat("x", 2*maxHeader))
 			_, _ = w.Write(data)

@@ -12,6 +12,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/sallyport-mesh/sallyport/internal/store"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
 func (m *Manager) key(td spiffeid.TrustDomain) string { return m.cfg.Prefix + td.Name() }
@@ -40,7 +41,7 @@ func (m *Manager) readRecord(kv store.KV) (spiffeid.TrustDomain, kept, error) {
 	if err := json.Unmarshal(kv.Value, &r); err != nil {
 		return td, kept{}, fmt.Errorf("reading %s from the store: %w", kv.Key, err)
 	}
-	b, err := Parse(td, r.Bundle)
+	b, err := identity.ParseBundle(td, r.Bundle)
 	if err != nil {
 		return td, kept{}, fmt.Errorf("reading %s from the store: %w", kv.Key, err)
 	}
@@ -50,7 +51,7 @@ func (m *Manager) readRecord(kv store.KV) (spiffeid.TrustDomain, kept, error) {
 // keep stores a fetched bundle unless what is held is as new. It fails, and
 // changes nothing, where b is older.
 func (m *Manager) keep(ctx context.Context, p Peer, b *spiffebundle.Bundle) error {
-	data, err := Marshal(b)
+	data, err := identity.MarshalBundle(b)
 	if err != nil {
 		return err
 	}

@@ -239,7 +239,7 @@ func (m *Manager) refresh(ctx context.Context, p Peer) (*spiffebundle.Bundle, er
 	if err != nil {
 		return nil, err
 	}
-	b, err := Parse(p.TrustDomain, data)
+	b, err := identity.ParseBundle(p.TrustDomain, data)
 	if err != nil {
 		return nil, err
 	}

@@ -33,7 +33,7 @@ const (
 func BundleHandler(bundle func() *spiffebundle.Bundle) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, r *http.Request) {
-		writeDocument(w, r, bundle(), Marshal)
+		writeDocument(w, r, bundle(), identity.MarshalBundle)
 	})
 	return mux
 }
@@ -78,7 +78,7 @@ func CheckIssuer(issuer string) error {
 
 // keySet is the JWK set of OIDC: JWT keys only, for signatures.
 func keySet(b *spiffebundle.Bundle) ([]byte, error) {
-	keys := jwtKeys(b, "sig")
+	keys := identity.JWTKeys(b, "sig")
 	for i := range keys {
 		keys[i].Algorithm = algorithm(keys[i].Key)
 	}

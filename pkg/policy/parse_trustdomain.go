@@ -9,6 +9,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.yaml.in/yaml/v4"
+
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
 const (
@@ -67,7 +69,7 @@ func (f *fileReader) bundle(td spiffeid.TrustDomain, n *yaml.Node) *spiffebundle
 	if !ok {
 		return nil
 	}
-	b, err := spiffebundle.Parse(td, []byte(text))
+	b, err := identity.ParseBundle(td, []byte(text))
 	if err != nil {
 		f.fail(at(n), "paste the JSON that the other mesh's sallyport bundle show prints", "spec.bundle is not a SPIFFE bundle: %v", err)
 		return nil

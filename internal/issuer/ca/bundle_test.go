@@ -26,7 +26,7 @@ func sameContent(t *testing.T, a, b *spiffebundle.Bundle) bool {
 	return a.Equal(b)
 }
 
-func TestB411SequenceGrowsWithEveryChange(t *testing.T) {
+func TestB411_SequenceGrowsWithEveryChange(t *testing.T) {
 	clk := newClock()
 	cfg := config(t, clk)
 	a := open(t, cfg)
@@ -60,7 +60,7 @@ func TestB411SequenceGrowsWithEveryChange(t *testing.T) {
 }
 
 // A store that came back from a backup has forgotten the last numbers.
-func TestB411SequenceGrowsOverARestore(t *testing.T) {
+func TestB411_SequenceGrowsOverARestore(t *testing.T) {
 	clk := newClock()
 	cfg := config(t, clk)
 	c := open(t, cfg)
@@ -85,7 +85,7 @@ func TestB411SequenceGrowsOverARestore(t *testing.T) {
 	}
 }
 
-func TestB412RefreshHintIsWholeSeconds(t *testing.T) {
+func TestB412_RefreshHintIsWholeSeconds(t *testing.T) {
 	for _, root := range []time.Duration{360 * time.Hour, 36 * time.Minute, 90 * time.Second} {
 		cfg := config(t, newClock())
 		cfg.RootTTL, cfg.IntermediateTTL, cfg.SVIDTTL = root, root/6, root/36

@@ -235,7 +235,7 @@ func TestLintWithholdsJWT(t *testing.T) {
 	}
 }
 
-func TestF41JWTKeysArePublishedBeforeTheySign(t *testing.T) {
+func TestF41_JWTKeysArePublishedBeforeTheySign(t *testing.T) {
 	clk := newClock()
 	cfg := config(t, clk)
 	c := open(t, cfg)

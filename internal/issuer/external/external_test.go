@@ -197,6 +197,30 @@ func TestNobodysSVID(t *testing.T) {
 	}
 }
 
+// TestAgentThatEnds: a socket that says goodbye ends nothing here.
+func TestAgentThatEnds(t *testing.T) {
+	spire := issuertest.New(t, td)
+	path := spire.WriteBundle(filepath.Join(t.TempDir(), "bundle.json"))
+	i, err := Open(config(Config{BundleFile: path, WorkloadAPI: spire.Serve(own)}))
+	require.NoError(t, err)
+	run(t, i.Run)
+	wantBelieved(t, i, spire)
+	spire.End(true)
+	eventually(t, "the problem", func() error {
+		if text, down := i.Problem(); !strings.Contains(text, "the agent ends") || down {
+			return fmt.Errorf("%q", text)
+		}
+		return nil
+	})
+	if _, err := i.ServerSVID().GetX509SVID(); err != nil {
+		t.Errorf("the last good SVID is gone: %v", err)
+	}
+	spire.Rotate()
+	spire.WriteBundle(path)
+	spire.End(false)
+	wantBelieved(t, i, spire)
+}
+
 // TestOpenRefuses what is wrong with files at the start.
 func TestOpenRefuses(t *testing.T) {
 	dir := t.TempDir()

@@ -9,7 +9,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
-	"github.com/sallyport-mesh/sallyport/internal/federation"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
 // readBundle reads BundleFile.
@@ -18,7 +18,7 @@ func (i *Issuer) readBundle() error {
 	if err != nil {
 		return err
 	}
-	b, err := federation.Parse(i.td, data)
+	b, err := identity.ParseBundle(i.td, data)
 	if err != nil {
 		return fmt.Errorf("%s: %w", i.cfg.BundleFile, err)
 	}
@@ -85,14 +85,23 @@ func sameFiles(a, b []os.FileInfo) bool {
 	return true
 }
 
-// watchAPI follows the Workload API; the client reconnects by itself.
+// watchAPI follows the Workload API. The client reconnects by itself, but takes
+// some answers for final, such as Canceled from an agent that ends: not we.
 func (i *Issuer) watchAPI(ctx context.Context) error {
 	client, err := workloadapi.New(ctx, workloadapi.WithAddr(i.cfg.WorkloadAPI))
 	if err != nil {
 		return fmt.Errorf("externalIssuer.workloadAPI %s: %w", i.cfg.WorkloadAPI, err)
 	}
 	defer client.Close()
-	return client.WatchX509Context(ctx, watcher{i})
+	for {
+		err := client.WatchX509Context(ctx, watcher{i})
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(i.cfg.Poll):
+			i.note("svid", fmt.Errorf("%s: %w", i.cfg.WorkloadAPI, err))
+		}
+	}
 }
 
 type watcher struct{ i *Issuer }

@@ -7,6 +7,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"math/big"
@@ -39,6 +40,8 @@ type Issuer struct {
 	key      crypto.Signer       // guarded by mu
 	sequence uint64              // guarded by mu
 	changed  chan struct{}       // guarded by mu; closed by Rotate
+	friends  map[string][]byte   // guarded by mu; foreign trust domain → roots
+	ending   bool                // guarded by mu; the Workload API answers Canceled
 }
 
 // New makes an issuer with one root.
@@ -54,15 +57,33 @@ func (i *Issuer) Rotate() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	i.key = newKey(i.t)
-	tmpl := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: time.Now().Format(time.RFC3339Nano)},
-		URIs: []*url.URL{i.td.ID().URL()}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
-		KeyUsage: x509.KeyUsageCertSign, IsCA: true, BasicConstraintsValid: true,
-	}
+	tmpl := authority(i.td)
 	i.roots = append(i.roots, sign(i.t, tmpl, tmpl, i.key.Public(), i.key))
 	i.sequence++
 	close(i.changed)
 	i.changed = make(chan struct{})
+}
+
+// End has the Workload API end its streams with Canceled, as an agent does that is
+// stopped, and answer all others so until it is false again.
+func (i *Issuer) End(ending bool) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.ending = ending
+	close(i.changed)
+	i.changed = make(chan struct{})
+}
+
+// Federate has the Workload API hand out another issuer's roots too, from the next
+// call or rotation on.
+func (i *Issuer) Federate(other *Issuer) {
+	var roots []byte
+	for _, r := range other.Bundle().X509Authorities() {
+		roots = append(roots, r.Raw...)
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.friends = map[string][]byte{other.td.IDString(): roots}
 }
 
 // DropOldest takes the oldest root out of the bundle.
@@ -95,16 +116,68 @@ func (i *Issuer) WriteBundle(path string) string {
 // SVID is a new one, of an hour.
 func (i *Issuer) SVID(id spiffeid.ID) *x509svid.SVID {
 	i.t.Helper()
+	cert := i.Leaf(id, nil)
+	return &x509svid.SVID{ID: id, Certificates: []*x509.Certificate{cert.Leaf}, PrivateKey: cert.PrivateKey.(crypto.Signer)}
+}
+
+// Leaf is an SVID that edit may spoil before it is signed.
+func (i *Issuer) Leaf(id spiffeid.ID, edit func(*x509.Certificate)) tls.Certificate {
+	i.t.Helper()
 	i.mu.Lock()
 	defer i.mu.Unlock()
+	return i.leaf(id, edit, i.roots[len(i.roots)-1], i.key)
+}
+
+// LeafBelow is an SVID of an intermediate, with it; edit may spoil the intermediate
+// before it is signed.
+func (i *Issuer) LeafBelow(id spiffeid.ID, edit func(*x509.Certificate)) tls.Certificate {
+	i.t.Helper()
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	key := newKey(i.t)
+	tmpl := authority(i.td)
+	if edit != nil {
+		edit(tmpl)
+	}
+	middle := sign(i.t, tmpl, i.roots[len(i.roots)-1], key.Public(), i.key)
+	cert := i.leaf(id, nil, middle, key)
+	cert.Certificate = append(cert.Certificate, middle.Raw)
+	return cert
+}
+
+// Authority is the root that signs, with its key, as if it were an SVID.
+func (i *Issuer) Authority() tls.Certificate {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	root := i.roots[len(i.roots)-1]
+	return tls.Certificate{Certificate: [][]byte{root.Raw}, PrivateKey: i.key, Leaf: root}
+}
+
+func (i *Issuer) leaf(id spiffeid.ID, edit func(*x509.Certificate), parent *x509.Certificate, by crypto.Signer) tls.Certificate {
+	i.t.Helper()
 	key := newKey(i.t)
 	tmpl := &x509.Certificate{
 		SerialNumber: big.NewInt(time.Now().UnixNano()), URIs: []*url.URL{id.URL()}, NotBefore: time.Now().Add(-time.Minute),
 		NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageDigitalSignature, BasicConstraintsValid: true,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
-	leaf := sign(i.t, tmpl, i.roots[len(i.roots)-1], key.Public(), i.key)
-	return &x509svid.SVID{ID: id, Certificates: []*x509.Certificate{leaf}, PrivateKey: key}
+	if edit != nil {
+		edit(tmpl)
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, key.Public(), by)
+	require.NoError(i.t, err)
+	leaf, _ := x509.ParseCertificate(der) // nil where edit left nothing that can be read
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}
+}
+
+// authority is the template of a signing certificate.
+func authority(td spiffeid.TrustDomain) *x509.Certificate {
+	now := time.Now()
+	return &x509.Certificate{
+		SerialNumber: big.NewInt(now.UnixNano()), Subject: pkix.Name{CommonName: now.Format(time.RFC3339Nano)},
+		URIs: []*url.URL{td.ID().URL()}, NotBefore: now.Add(-time.Hour), NotAfter: now.Add(24 * time.Hour),
+		KeyUsage: x509.KeyUsageCertSign, IsCA: true, BasicConstraintsValid: true,
+	}
 }
 
 // Serve opens a Workload API socket whose callers have the IDs, in that order, and
@@ -134,7 +207,9 @@ type api struct {
 // FetchX509SVID sends new SVIDs at once and after each rotation.
 func (a *api) FetchX509SVID(_ *workload.X509SVIDRequest, stream workload.SpiffeWorkloadAPI_FetchX509SVIDServer) error {
 	return a.follow(stream, func(roots []byte) error {
-		resp := &workload.X509SVIDResponse{}
+		a.issuer.mu.Lock()
+		resp := &workload.X509SVIDResponse{FederatedBundles: a.issuer.friends}
+		a.issuer.mu.Unlock()
 		for _, id := range a.ids {
 			svid := a.issuer.SVID(id)
 			chain, key, err := svid.MarshalRaw()
@@ -164,12 +239,15 @@ func (a *api) follow(stream grpc.ServerStream, send func(roots []byte) error) er
 	}
 	for {
 		a.issuer.mu.Lock()
-		changed := a.issuer.changed
+		changed, ending := a.issuer.changed, a.issuer.ending
 		var roots []byte
 		for _, r := range a.issuer.roots {
 			roots = append(roots, r.Raw...)
 		}
 		a.issuer.mu.Unlock()
+		if ending {
+			return status.Error(codes.Canceled, "the agent ends")
+		}
 		if err := send(roots); err != nil {
 			return err
 		}

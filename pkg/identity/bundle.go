@@ -1,11 +1,8 @@
-package federation
+package identity
 
 import (
 	"bytes"
 	"cmp"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rsa"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
@@ -20,40 +17,40 @@ import (
 )
 
 const (
-	// MaxDocument is how large a bundle may be, in bytes.
-	MaxDocument = 256 << 10
-	maxKeys     = 256
+	// MaxBundle is how large a bundle may be, in bytes.
+	MaxBundle     = 256 << 10
+	maxBundleKeys = 256
 
 	useX509 = "x509-svid"
 	useJWT  = "jwt-svid"
 )
 
-// document is a SPIFFE bundle (Trust Domain and Bundle section 4.1).
-type document struct {
+// bundleDocument is a SPIFFE bundle (Trust Domain and Bundle section 4.1).
+type bundleDocument struct {
 	Keys     []json.RawMessage `json:"keys"`
 	Sequence *uint64           `json:"spiffe_sequence,omitempty"`
 	Hint     *int64            `json:"spiffe_refresh_hint,omitempty"` // seconds
 }
 
-// Parse reads a SPIFFE bundle of td. Keys of a kind or for a use that it does not
+// ParseBundle reads a SPIFFE bundle of td. Keys of a kind or for a use that it does not
 // know are ignored, as are X.509 entries without certificate (Trust Domain and
 // Bundle 4.1.3, X509-SVID 6.2); a document that leaves none is valid and trusts
 // nothing. An entry of a known kind that is malformed makes the whole document
-// so: what is left of it would be a guess. At most MaxDocument bytes and 256 keys
+// so: what is left of it would be a guess. At most MaxBundle bytes and 256 keys
 // are read.
-func Parse(td spiffeid.TrustDomain, data []byte) (*spiffebundle.Bundle, error) {
-	b, err := parse(td, data)
+func ParseBundle(td spiffeid.TrustDomain, data []byte) (*spiffebundle.Bundle, error) {
+	b, err := parseBundle(td, data)
 	if err != nil {
 		return nil, fmt.Errorf("reading bundle of %s: %w", td, err)
 	}
 	return b, nil
 }
 
-func parse(td spiffeid.TrustDomain, data []byte) (*spiffebundle.Bundle, error) {
-	if len(data) > MaxDocument {
-		return nil, fmt.Errorf("larger than %d bytes", MaxDocument)
+func parseBundle(td spiffeid.TrustDomain, data []byte) (*spiffebundle.Bundle, error) {
+	if len(data) > MaxBundle {
+		return nil, fmt.Errorf("larger than %d bytes", MaxBundle)
 	}
-	var doc document
+	var doc bundleDocument
 	dec := json.NewDecoder(bytes.NewReader(data))
 	if err := dec.Decode(&doc); err != nil {
 		return nil, fmt.Errorf("not a JWK set: %w", err)
@@ -64,8 +61,8 @@ func parse(td spiffeid.TrustDomain, data []byte) (*spiffebundle.Bundle, error) {
 	switch {
 	case doc.Keys == nil:
 		return nil, errors.New("not a JWK set: no keys")
-	case len(doc.Keys) > maxKeys:
-		return nil, fmt.Errorf("%d keys, at most %d accepted", len(doc.Keys), maxKeys)
+	case len(doc.Keys) > maxBundleKeys:
+		return nil, fmt.Errorf("%d keys, at most %d accepted", len(doc.Keys), maxBundleKeys)
 	case doc.Hint != nil && (*doc.Hint < 0 || *doc.Hint > int64(10*365*24*time.Hour/time.Second)):
 		return nil, fmt.Errorf("spiffe_refresh_hint of %d s", *doc.Hint)
 	}
@@ -125,9 +122,9 @@ func addKey(b *spiffebundle.Bundle, raw json.RawMessage) error {
 	return nil
 }
 
-// Marshal writes b as a SPIFFE bundle. The same content gives the same bytes:
+// MarshalBundle writes b as a SPIFFE bundle. The same content gives the same bytes:
 // X.509 authorities in b's order, then JWT keys by their ID.
-func Marshal(b *spiffebundle.Bundle) ([]byte, error) {
+func MarshalBundle(b *spiffebundle.Bundle) ([]byte, error) {
 	doc := struct {
 		Keys     []jose.JSONWebKey `json:"keys"`
 		Sequence *uint64           `json:"spiffe_sequence,omitempty"`
@@ -136,7 +133,7 @@ func Marshal(b *spiffebundle.Bundle) ([]byte, error) {
 	for _, cert := range b.X509Authorities() {
 		doc.Keys = append(doc.Keys, jose.JSONWebKey{Key: cert.PublicKey, Use: useX509, Certificates: []*x509.Certificate{cert}})
 	}
-	doc.Keys = append(doc.Keys, jwtKeys(b, useJWT)...)
+	doc.Keys = append(doc.Keys, JWTKeys(b, useJWT)...)
 	if n, ok := b.SequenceNumber(); ok {
 		doc.Sequence = &n
 	}
@@ -151,31 +148,12 @@ func Marshal(b *spiffebundle.Bundle) ([]byte, error) {
 	return data, nil
 }
 
-// jwtKeys are b's JWT authorities, by key ID.
-func jwtKeys(b *spiffebundle.Bundle, use string) []jose.JSONWebKey {
+// JWTKeys are b's JWT authorities as JWKs of the given use, by key ID.
+func JWTKeys(b *spiffebundle.Bundle, use string) []jose.JSONWebKey {
 	keys := []jose.JSONWebKey{}
 	for kid, key := range b.JWTAuthorities() {
 		keys = append(keys, jose.JSONWebKey{Key: key, KeyID: kid, Use: use})
 	}
 	slices.SortFunc(keys, func(a, b jose.JSONWebKey) int { return cmp.Compare(a.KeyID, b.KeyID) })
 	return keys
-}
-
-// algorithm is the one JWS algorithm that we name for a key (RFC 7518 section 3.1);
-// "" for a key that JWT-SVIDs are not signed with.
-func algorithm(key any) string {
-	switch k := key.(type) {
-	case *rsa.PublicKey:
-		return string(jose.RS256)
-	case *ecdsa.PublicKey:
-		switch k.Curve {
-		case elliptic.P256():
-			return string(jose.ES256)
-		case elliptic.P384():
-			return string(jose.ES384)
-		case elliptic.P521():
-			return string(jose.ES512)
-		}
-	}
-	return ""
 }
