@@ -88,6 +88,8 @@ func printStatus(w io.Writer, s *sallyportv1.StatusResponse) {
 		for _, i := range wl.GetInstances() {
 			state := "connected"
 			switch {
+			case i.GetRevoked():
+				state = "revoked"
 			case i.GetNack() != "":
 				state = "refuses the revision"
 			case !i.GetConnected():

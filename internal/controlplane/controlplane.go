@@ -258,7 +258,7 @@ func (c *ControlPlane) adminServer() *grpc.Server {
 		status: &statusReporter{
 			version: c.opts.Version, source: source, started: c.opts.Now(), problems: []func() string{c.catalog.Problem, c.revoker.trouble},
 			authorities: c.authorities, instances: c.instances, xds: c.xds, reconciler: c.reconciler,
-			federation: c.federation,
+			federation: c.federation, revocations: c.registry.Revocations,
 		},
 	})
 	return s

@@ -1,6 +1,7 @@
 package controlplane
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"time"
@@ -26,6 +27,7 @@ type statusReporter struct {
 	problems    []func() string // of the watched directory, the revocation list
 	authorities func() []*sallyportv1.Authority
 	instances   func(context.Context) ([]registry.Instance, error)
+	revocations func(context.Context) (registry.Revocations, error)
 	xds         *xds.Server
 	reconciler  *reconciler
 	federation  *federation.Manager
@@ -39,6 +41,10 @@ func (s *statusReporter) report(ctx context.Context) (*sallyportv1.StatusRespons
 	instances, err := s.instances(ctx)
 	if err != nil {
 		return nil, status.Errorf(codes.Unavailable, "reading instances: %v", err)
+	}
+	revoked, err := s.revocations(ctx)
+	if err != nil {
+		return nil, status.Errorf(codes.Unavailable, "reading revocations: %v", err)
 	}
 	resp := &sallyportv1.StatusResponse{
 		TrustDomain: s.reconciler.trustDomain.Name(), Revision: state.Rev.String(), Version: s.version,
@@ -71,12 +77,28 @@ func (s *statusReporter) report(ctx context.Context) (*sallyportv1.StatusRespons
 		ws := &sallyportv1.WorkloadStatus{Name: w.Name, Set: w.Set, SpiffeId: w.ID.String()}
 		ws.MeshName, _ = identity.MeshName(w.ID)
 		for _, i := range byID[w.ID] {
-			ws.Instances = append(ws.Instances, instanceStatus(i, nodes, endpoints[w.ID]))
+			is := instanceStatus(i, nodes, endpoints[w.ID])
+			is.Revoked = revoked.Blocks(i)
+			ws.Instances = append(ws.Instances, is)
 		}
 		resp.Workloads = append(resp.Workloads, ws)
+		if text := refused(w, revoked); text != "" {
+			resp.Problems = append(resp.Problems, text)
+			continue
+		}
 		resp.Problems = append(resp.Problems, problems(w, ws, endpoints[w.ID], state.Rev.String())...)
 	}
 	return resp, nil
+}
+
+// refused says that an operator has revoked the workload and has not readmitted it.
+func refused(w policy.CompiledWorkload, revoked registry.Revocations) string {
+	for _, v := range revoked.All {
+		if v.Kind == registry.RevokedID && v.Blocked && v.Subject == w.ID.String() {
+			return fmt.Sprintf("%s: revoked by %s at %s (%s), so nobody can be it: sallyport identity unrevoke %s", w.Name, v.Actor, v.At.UTC().Format(time.RFC3339), cmp.Or(v.Reason, "no reason given"), w.Name)
+		}
+	}
+	return ""
 }
 
 // node is one sidecar: its certificate says both.

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 
@@ -26,6 +27,7 @@ const (
 	firstRetry    = 100 * time.Millisecond // grows by a quarter each time, so that a restart of some seconds is noticed within two
 	lastRetry     = 5 * time.Second
 	steadyAfter   = time.Second // a connection that held this long was a good one
+	spentCheck    = time.Second // a tainted issuer has half a minute left when it is told
 )
 
 // backoff is the pause before another attempt.
@@ -43,7 +45,8 @@ func (b *backoff) reset() { b.d = 0 }
 type session struct {
 	conn      *grpc.ClientConn
 	since     time.Time
-	until     time.Time // when the SVID that it presented ends
+	svid      *x509svid.SVID // what it presented, or a predecessor of that; nil where there was none
+	until     time.Time      // when that ends
 	cancel    context.CancelFunc
 	wg        sync.WaitGroup
 	announced chan struct{} // closed with the first answer to an announcement
@@ -61,7 +64,8 @@ func (c *session) end() error {
 
 // keepLink stays connected to the control plane until ctx ends. A connection is
 // replaced, before the old one is dropped, when half of what its SVID had left
-// has passed: the control plane ends streams with the SVID that opened them.
+// has passed, or when that is about to be refused and there is another: the control
+// plane ends streams with the SVID that opened them.
 func (s *Sidecar) keepLink(ctx context.Context) error {
 	select {
 	case <-s.agent.Ready():
@@ -112,23 +116,42 @@ func (s *Sidecar) watch(ctx context.Context, current *session, wait time.Duratio
 	}
 	t := time.NewTimer(wait)
 	defer t.Stop()
-	select {
-	case <-t.C:
-		return current
-	case <-ctx.Done():
-		return current
-	case err := <-ended:
-		if ctx.Err() != nil {
+	look := time.NewTicker(spentCheck)
+	defer look.Stop()
+	for {
+		select {
+		case <-t.C:
 			return current
-		}
-		s.linkLost(err, nil)
-		_ = current.end() // it is broken already
-		if s.now().Sub(current.since) > steadyAfter {
-			pause.reset()
+		case <-look.C:
+			if s.spent(current) {
+				return current
+			}
+		case <-ctx.Done():
+			return current
+		case err := <-ended:
+			if ctx.Err() != nil {
+				return current
+			}
+			s.linkLost(err, nil)
+			_ = current.end() // it is broken already
+			if s.now().Sub(current.since) > steadyAfter {
+				pause.reset()
+			}
+			sleep(ctx, pause.next())
+			return nil
 		}
 	}
-	sleep(ctx, pause.next())
-	return nil
+}
+
+// spent reports whether the SVID that a connection presented is refused, or soon
+// will be, and there is another to present.
+func (s *Sidecar) spent(c *session) bool {
+	if c == nil || c.svid == nil {
+		return false
+	}
+	now, err := s.agent.Source().GetX509SVID()
+	list := s.book.List(c.svid.ID.TrustDomain())
+	return err == nil && now != c.svid && list != nil && refuses(list, c.svid, s.now()) && !refuses(list, now, s.now())
 }
 
 // sleep waits for d or the end of ctx.
@@ -173,14 +196,15 @@ func mayHoldAlias(ref string) bool {
 func (s *Sidecar) connect(ctx context.Context) (*session, error) {
 	dialCtx, cancel := context.WithTimeout(ctx, dialLimit)
 	defer cancel()
-	until := s.agent.Status().NotAfter // read first: the connection presents this SVID or a newer one
+	svid, _ := s.agent.Source().GetX509SVID() // read first: the connection presents this SVID or a newer one
+	until := s.agent.Status().NotAfter
 	conn, err := s.agent.Dial(dialCtx)
 	if err != nil {
 		return nil, err
 	}
 	ctx, stop := context.WithCancel(ctx)
 	c := &session{
-		conn: conn, since: s.now(), until: until, cancel: stop,
+		conn: conn, since: s.now(), svid: svid, until: until, cancel: stop,
 		announced: make(chan struct{}), resources: make(chan struct{}), flows: make(chan struct{}),
 		ended: make(chan error, 1),
 	}

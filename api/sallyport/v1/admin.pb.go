@@ -1301,6 +1301,7 @@ type InstanceStatus struct {
 	Acked         string `protobuf:"bytes,4,opt,name=acked,proto3" json:"acked,omitempty"`
 	Nack          string `protobuf:"bytes,5,opt,name=nack,proto3" json:"nack,omitempty"`
 	Connected     bool   `protobuf:"varint,6,opt,name=connected,proto3" json:"connected,omitempty"`
+	Revoked       bool   `protobuf:"varint,7,opt,name=revoked,proto3" json:"revoked,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1373,6 +1374,13 @@ func (x *InstanceStatus) GetNack() string {
 func (x *InstanceStatus) GetConnected() bool {
 	if x != nil {
 		return x.Connected
+	}
+	return false
+}
+
+func (x *InstanceStatus) GetRevoked() bool {
+	if x != nil {
+		return x.Revoked
 	}
 	return false
 }
@@ -2780,14 +2788,15 @@ const file_admin_proto_rawDesc = "" +
 	"\x03set\x18\x02 \x01(\tR\x03set\x12\x1b\n" +
 	"\tspiffe_id\x18\x03 \x01(\tR\bspiffeId\x12\x1b\n" +
 	"\tmesh_name\x18\x04 \x01(\tR\bmeshName\x12:\n" +
-	"\tinstances\x18\x05 \x03(\v2\x1c.sallyport.v1.InstanceStatusR\tinstances\"\xcf\x01\n" +
+	"\tinstances\x18\x05 \x03(\v2\x1c.sallyport.v1.InstanceStatusR\tinstances\"\xe9\x01\n" +
 	"\x0eInstanceStatus\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x1a\n" +
 	"\bendpoint\x18\x02 \x01(\tR\bendpoint\x12=\n" +
 	"\fsvid_expires\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\vsvidExpires\x12\x14\n" +
 	"\x05acked\x18\x04 \x01(\tR\x05acked\x12\x12\n" +
 	"\x04nack\x18\x05 \x01(\tR\x04nack\x12\x1c\n" +
-	"\tconnected\x18\x06 \x01(\bR\tconnected\"i\n" +
+	"\tconnected\x18\x06 \x01(\bR\tconnected\x12\x18\n" +
+	"\arevoked\x18\a \x01(\bR\arevoked\"i\n" +
 	"\x0eExplainRequest\x12\x12\n" +
 	"\x04from\x18\x01 \x01(\tR\x04from\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\tR\x02to\x12\x12\n" +
