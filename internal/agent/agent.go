@@ -20,6 +20,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
 
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
@@ -69,6 +70,7 @@ type Agent struct {
 	mu     sync.Mutex
 	state  state // guarded by mu; what is on disk
 	status Status
+	deny   func(error)   // guarded by mu; told when this identity is refused; nil: nobody asks
 	news   chan struct{} // guarded by mu; closed when the bundles change
 }
 
@@ -203,17 +205,29 @@ func (s Status) at(now time.Time) Status {
 	return s
 }
 
+// onDenied has fn called whenever the control plane, which has proved itself, says
+// that this identity may not be had: it is revoked, or no more.
+func (a *Agent) onDenied(fn func(error)) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.deny = fn
+}
+
 // failed notes why there is no newer SVID. The same reason again is logged at
 // debug only.
 func (a *Agent) failed(err error) {
 	detail := err.Error() + "; retrying"
 	a.mu.Lock()
+	deny := a.deny
 	news := a.status.Detail != detail
 	if a.status.Detail == "" {
 		a.status.Since = a.cfg.Now()
 	}
 	a.status.Detail = detail
 	a.mu.Unlock()
+	if deny != nil && codeOf(err) == codes.PermissionDenied {
+		deny(err)
+	}
 	level := hclog.Debug
 	if news {
 		level = hclog.Warn

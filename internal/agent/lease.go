@@ -47,6 +47,7 @@ type lease struct {
 	svid   *x509svid.SVID   // guarded by mu; nil: none
 	life   time.Duration    // guarded by mu; of svid
 	failed error            // guarded by mu; why there is no newer one
+	denied error            // guarded by mu; the agent's own identity, which is the app's, was refused
 	tokens map[string]token // guarded by mu; :: audience → JWT-SVID
 
 	published *endpoint.Holding // owned by run
@@ -62,7 +63,10 @@ type token struct {
 func (l *lease) run(ctx context.Context) {
 	failures := 0
 	for {
-		err := l.obtain(ctx)
+		err := l.denial()
+		if err == nil {
+			err = l.obtain(ctx)
+		}
 		if ctx.Err() != nil {
 			break
 		}
@@ -81,6 +85,29 @@ func (l *lease) run(ctx context.Context) {
 	}
 	l.feed.Fail(endpoint.ErrStarting)
 	l.wallet.drop(l)
+}
+
+// deny takes the identity away: the control plane refuses it to the agent itself.
+func (l *lease) deny(err error) {
+	l.mu.Lock()
+	l.denied = err
+	l.mu.Unlock()
+	l.renewNow()
+}
+
+func (l *lease) denial() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	err := l.denied
+	l.denied = nil
+	return err
+}
+
+func (l *lease) renewNow() {
+	select {
+	case l.hurry <- struct{}{}:
+	default: // it is to be renewed anyway
+	}
 }
 
 func (l *lease) pause(failures int) time.Duration {
@@ -248,6 +275,10 @@ func (l *lease) fail(err error) {
 		err = fmt.Errorf("%w: %w", endpoint.ErrDenied, err)
 	}
 	l.mu.Lock()
+	if l.svid == nil && codeOf(err) == codes.Unauthenticated && errors.Is(l.failed, endpoint.ErrDenied) {
+		l.mu.Unlock()
+		return // nothing new: who is denied is not known either
+	}
 	news := l.failed == nil || l.failed.Error() != err.Error()
 	l.failed = err
 	if denied && codeOf(err) == codes.PermissionDenied {
@@ -324,10 +355,7 @@ func (l *lease) renewIf(refused func(identity.Peer) bool) {
 	l.mu.Lock()
 	l.tokens = nil // they are of the same identity, or of a key that went with the issuer
 	l.mu.Unlock()
-	select {
-	case l.hurry <- struct{}{}:
-	default: // it is to be renewed anyway
-	}
+	l.renewNow()
 }
 
 func (l *lease) identity() Identity {

@@ -71,9 +71,23 @@ func NewWallet(a *Agent, cfg WalletConfig) *Wallet {
 	if cfg.Log == nil {
 		cfg.Log = hclog.NewNullLogger()
 	}
-	return &Wallet{
+	w := &Wallet{
 		cfg: cfg, agent: a, log: cfg.Log, slots: make(chan struct{}, maxAsking),
 		leases: map[string]*lease{}, users: map[uint32]int{},
+	}
+	a.onDenied(w.deny)
+	return w
+}
+
+// deny takes the agent's own identity away from its app. Others, which the agent
+// vouches for, are none of the reason.
+func (w *Wallet) deny(err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, l := range w.leases {
+		if l.process == nil {
+			l.deny(err)
+		}
 	}
 }
 

@@ -31,6 +31,7 @@ import (
 
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/agent/endpoint"
+	"github.com/sallyport-mesh/sallyport/internal/issuer/registry"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
@@ -311,6 +312,44 @@ func TestIdentityTakenAway(t *testing.T) {
 	s.cp.edge.set(codes.OK)
 	s.cp.advance(100*time.Millisecond, "readmitted", func() bool {
 		_, err := s.client(0).FetchX509SVID(briefly(t))
+		return err == nil
+	})
+}
+
+// D5 for apps: a sidecar whose ID is revoked, and that never sees the list, because
+// its streams were ended first, learns it when it asks for itself; its app's SVID
+// goes with it. That the app's renewal is answered Unauthenticated tells nothing: so
+// is a connection that is only too old.
+func TestD5RevokedWithoutTheList(t *testing.T) {
+	s := newShelf(t, time.Hour, WalletConfig{})
+	recv, _ := s.follow(os.Geteuid())
+	_, err := recv()
+	require.NoError(t, err)
+	ended := make(chan error, 1)
+	go func() {
+		for {
+			if _, err := recv(); err != nil {
+				ended <- err
+				return
+			}
+		}
+	}()
+	s.cp.edge.set(codes.Unauthenticated)
+	s.cp.advance(time.Minute, "late", func() bool { i := s.wallet.Identities(); return len(i) == 1 && i[0].Late })
+	if len(ended) > 0 {
+		t.Fatalf("the SVID was taken away for nothing: %v", <-ended)
+	}
+	_, err = s.cp.registry.Revoke(t.Context(), registry.Order{Subjects: []registry.Subject{{Kind: registry.RevokedID, Name: s.agent.ID().String()}}, Actor: "alice"})
+	require.NoError(t, err)
+	s.cp.advance(time.Second, "taken away", func() bool { return len(ended) == 1 })
+	if err := <-ended; status.Code(err) != codes.PermissionDenied {
+		t.Errorf("the stream: got %v", err)
+	}
+	_, err = s.cp.registry.Unrevoke(t.Context(), registry.Order{Subjects: []registry.Subject{{Kind: registry.RevokedID, Name: s.agent.ID().String()}}, Actor: "alice"})
+	require.NoError(t, err)
+	s.cp.edge.set(codes.OK)
+	s.cp.advance(100*time.Millisecond, "readmitted", func() bool {
+		_, err := s.client(os.Geteuid()).FetchX509SVID(briefly(t))
 		return err == nil
 	})
 }
