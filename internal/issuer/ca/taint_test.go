@@ -33,6 +33,17 @@ func the(t *testing.T, c *CA, kind, state string) Authority {
 	return found[0]
 }
 
+// Intermediates of one second: status tells which one signs, whatever their order.
+func TestTaintedWithinTheSecond(t *testing.T) {
+	c := open(t, config(t, newClock()))
+	for range 6 {
+		taint(t, c, the(t, c, KindIntermediate, "active").Subject)
+		if signs := issue(t, c).Chain[1].Subject.CommonName; the(t, c, KindIntermediate, "active").Subject != signs {
+			t.Errorf("%s signs, and is not told as active: %v", signs, c.Authorities())
+		}
+	}
+}
+
 func TestTaintIntermediate(t *testing.T) {
 	clk := newClock()
 	cfg := config(t, clk)
