@@ -172,6 +172,9 @@ func (c *ControlPlane) build() {
 		publish: c.reconciler.setRevocations, now: now, log: c.log.Named("revocation"),
 		changed: make(chan struct{}, 1), book: revocation.NewBook(c.authority.ServerSVID(), now),
 	}
+	if ext, err := c.cfg.ExternalIssuer.config(c.cfg.TrustDomain); err == nil { // else it is our CA
+		c.revoker.book.Expect(ext.ID)
+	}
 	c.endpoints = &endpoints{store: c.store, log: c.log.Named("endpoints"), renew: leaseRenew}
 	c.announcer = &announcer{
 		endpoints: c.endpoints, ranges: c.cfg.Announce.Ranges, ports: c.declaredPorts,

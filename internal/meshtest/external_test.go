@@ -4,9 +4,11 @@ import (
 	"fmt"
 	"net/http"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/controlplane"
@@ -109,6 +111,48 @@ func TestExternalIssuer(t *testing.T) {
 	for _, w := range s.GetWorkloads() {
 		if i := w.GetInstances(); len(i) != 1 || !i[0].GetConnected() {
 			t.Errorf("%s has the instances %v, want one that is connected", w.GetName(), i)
+		}
+	}
+}
+
+// TestExternalIssuerAnotherName: the other issuer knows the control plane by an ID of
+// its own, and so do the sidecars; what that signs is believed.
+func TestExternalIssuerAnotherName(t *testing.T) {
+	const name = "/infra/mesh"
+	td := spiffeid.RequireTrustDomainFromString("test.example")
+	issuer := issuertest.New(t, td)
+	m := New(t, Config{
+		Files: map[string]string{"w.yaml": workloadB + fmt.Sprintf(workloadA, "orders") + outsidePolicy},
+		Change: func(c *controlplane.Config) {
+			c.ExternalIssuer.ID = name
+			c.ExternalIssuer.WorkloadAPI = issuer.Serve(spiffeid.RequireFromPath(td, name))
+			c.ExternalIssuer.Bundle.File = issuer.WriteBundle(filepath.Join(t.TempDir(), "bundle.json"))
+		},
+	})
+	start := func(name, id string, serve map[string]string, outbound ...string) *Sidecar {
+		return m.Sidecar(SidecarConfig{
+			Workload: name, Identity: issuer.Serve(spiffeid.RequireFromPath(td, id)), ControlPlaneID: td.IDString() + "/infra/mesh",
+			Serve: serve, Outbound: outbound,
+		})
+	}
+	payments := start("payments", "/shop/payments", map[string]string{"http": serveHTTP(t), "echo": serveEcho(t)})
+	const door = "payments.shop.mesh:http"
+	orders := start("orders", "/orders", nil, door)
+	wantHTTP(t, "http://"+orders.Out[door], http.StatusOK)
+	_, err := m.Admin.Revoke(t.Context(), &sallyportv1.RevokeRequest{Subject: "orders", Reason: "test", Wait: durationpb.New(Deadline)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if admitted(t, payments.Tunnel, issuer.Leaf(spiffeid.RequireFromPath(td, "/orders"), nil)) {
+		t.Error("the revoked is taken")
+	}
+	s, err := m.Admin.Status(t.Context(), &sallyportv1.StatusRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range s.GetProblems() {
+		if !strings.Contains(p, "orders: revoked by") {
+			t.Errorf("a problem: %s", p)
 		}
 	}
 }

@@ -17,6 +17,9 @@ type SidecarConfig struct {
 	Serve    map[string]string // port name → where the app listens
 	Outbound []string          // REF:PORT
 	Identity string            // Workload API to take the identity from; "" enrols with a token
+	// ControlPlaneID is whom to expect there, where the identity is taken; "" is as
+	// always.
+	ControlPlaneID string
 }
 
 // Sidecar is a running sidecar. It ends with the test.
@@ -37,7 +40,7 @@ func (m *Mesh) Sidecar(c SidecarConfig) *Sidecar {
 		b.WriteString("tokenFile: token\n")
 		require.NoError(m.t, os.WriteFile(filepath.Join(dir, "token"), []byte(m.Token(c.Workload)+"\n"), 0o600))
 	} else {
-		fmt.Fprintf(&b, "identity: {workloadAPI: %q}\n", c.Identity)
+		fmt.Fprintf(&b, "identity: {workloadAPI: %q, controlPlaneID: %q}\n", c.Identity, c.ControlPlaneID)
 	}
 	if len(c.Serve) > 0 {
 		b.WriteString("app:\n")

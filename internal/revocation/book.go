@@ -30,6 +30,7 @@ type Book struct {
 	now     func() time.Time
 	pages   atomic.Pointer[map[spiffeid.TrustDomain]page] // never nil; the map is immutable
 	turned  chan struct{}                                 // cap 1: there is a new list
+	signer  spiffeid.ID                                   // see Expect
 
 	mu       sync.Mutex // orders changes and what watchers are told
 	watchers []func(*List)
@@ -52,6 +53,11 @@ func NewBook(bundles x509bundle.Source, now func() time.Time) *Book {
 	return b
 }
 
+// Expect says that the control plane of id's trust domain is called so: lists of
+// that trust domain are believed if it signed them, and no others. It is called
+// before any offer; other control planes are called [identity.ControlPlanePath].
+func (b *Book) Expect(id spiffeid.ID) { b.signer = id }
+
 // Offer takes in an envelope and reports whether that changed the book: a list
 // that verifies now, and that has a greater version than the one held or, with the
 // same entries, a later moment of issue. The signer's own issuer must not be
@@ -60,7 +66,7 @@ func NewBook(bundles x509bundle.Source, now func() time.Time) *Book {
 // [ErrRevoked], [ErrOlder] and [ErrConflict]; with any of them nothing changes.
 func (b *Book) Offer(envelope []byte) (newer bool, err error) {
 	now := b.now()
-	l, signer, err := open(envelope, b.bundles, now)
+	l, signer, err := open(envelope, b.bundles, now, b.signer)
 	if err != nil {
 		return false, err
 	}
@@ -70,7 +76,7 @@ func (b *Book) Offer(envelope []byte) (newer bool, err error) {
 // Restore is Offer for what this very process has saved: the signer's certificate
 // must have been valid when the list was issued, and may have expired since.
 func (b *Book) Restore(envelope []byte) (newer bool, err error) {
-	l, signer, err := open(envelope, b.bundles, time.Time{})
+	l, signer, err := open(envelope, b.bundles, time.Time{}, b.signer)
 	if err != nil {
 		return false, err
 	}

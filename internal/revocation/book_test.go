@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -203,4 +204,35 @@ func TestRunTellsOfTheMoment(t *testing.T) {
 			t.Errorf("told after %v, want %v", told, want)
 		}
 	})
+}
+
+// A control plane may have another name where the trust domain's issuer is not our
+// CA: whoever knows that believes it, and nobody else.
+func TestExpectedSigner(t *testing.T) {
+	w := newWorld(t)
+	byName, err := Sign(list(1), w.ca.svid(orders, "", testNow.Add(-time.Hour)))
+	require.NoError(t, err)
+	byPath := w.sign(list(2))
+	stranger, err := Sign(list(3), w.ca.svid(payments, "", testNow.Add(-time.Hour)))
+	require.NoError(t, err)
+	for name, c := range map[string]struct {
+		expect spiffeid.ID
+		good   []byte
+		bad    [][]byte
+	}{
+		"as always":              {spiffeid.ID{}, byPath, [][]byte{byName, stranger}},
+		"another name":           {orders, byName, [][]byte{byPath, stranger}},
+		"another trust domain's": {spiffeid.RequireFromPath(partner, "/mesh"), byPath, [][]byte{byName, stranger}},
+	} {
+		b := w.book()
+		b.Expect(c.expect)
+		for _, env := range c.bad {
+			if _, err := b.Offer(env); err == nil || !strings.Contains(err.Error(), "which is no control plane") {
+				t.Errorf("%s: got %v", name, err)
+			}
+		}
+		if _, err := b.Offer(c.good); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
 }

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/protobuf/proto"
 
@@ -42,7 +43,7 @@ var (
 // ECDSA P-256. It puts the entries in order, so that replicas which sign the same
 // list differ in the moment of issue only. It refuses what [Open] would refuse.
 func Sign(list *sallyportv1.RevocationList, svid *x509svid.SVID) ([]byte, error) {
-	if svid.ID.Path() != identity.ControlPlanePath || svid.ID.TrustDomain().Name() != list.GetTrustDomain() {
+	if svid.ID.TrustDomain().Name() != list.GetTrustDomain() {
 		return nil, fmt.Errorf("signing the revocation list of %q: %s may not", list.GetTrustDomain(), svid.ID)
 	}
 	if pub, ok := svid.PrivateKey.Public().(*ecdsa.PublicKey); !ok || pub.Curve != elliptic.P256() {
@@ -88,19 +89,20 @@ func digest(body []byte) [sha256.Size]byte {
 	return sha256.Sum256(append([]byte(label), body...))
 }
 
-// Open reads an envelope that the control plane of the list's own trust domain
-// signed, with a certificate that is valid at now by the bundle of that trust
+// Open reads an envelope that the control plane of the list's own trust domain,
+// [identity.ControlPlanePath], signed, with a certificate that is valid at now by the bundle of that trust
 // domain. Errors: [ErrExpired], [ErrUnknownSigner]; any other one means that
 // somebody made the envelope up or broke it.
 func Open(envelope []byte, bundles x509bundle.Source, now time.Time) (*List, error) {
-	l, _, err := open(envelope, bundles, now)
+	l, _, err := open(envelope, bundles, now, spiffeid.ID{})
 	return l, err
 }
 
 // open returns the signer too. A zero now stands for the moment at which the list
-// was issued.
-func open(envelope []byte, bundles x509bundle.Source, now time.Time) (*List, identity.Peer, error) {
-	l, signer, err := openEnvelope(envelope, bundles, now)
+// was issued. expect is who signs the lists of its trust domain, where that is not
+// [identity.ControlPlanePath].
+func open(envelope []byte, bundles x509bundle.Source, now time.Time, expect spiffeid.ID) (*List, identity.Peer, error) {
+	l, signer, err := openEnvelope(envelope, bundles, now, expect)
 	if err != nil {
 		return nil, identity.Peer{}, fmt.Errorf("opening revocation list: %w", err)
 	}
@@ -109,7 +111,7 @@ func open(envelope []byte, bundles x509bundle.Source, now time.Time) (*List, ide
 
 // openEnvelope reads nothing of a list before it knows who signed it, but for its
 // moment of issue where that is asked for.
-func openEnvelope(envelope []byte, bundles x509bundle.Source, now time.Time) (l *List, signer identity.Peer, err error) {
+func openEnvelope(envelope []byte, bundles x509bundle.Source, now time.Time, expect spiffeid.ID) (l *List, signer identity.Peer, err error) {
 	if len(envelope) > MaxEnvelope {
 		return nil, signer, fmt.Errorf("%d bytes, at most %d accepted", len(envelope), MaxEnvelope)
 	}
@@ -128,7 +130,7 @@ func openEnvelope(envelope []byte, bundles x509bundle.Source, now time.Time) (l 
 		}
 		now = m.GetIssued().AsTime()
 	}
-	if signer, err = verifySigner(chain, bundles, now); err != nil {
+	if signer, err = verifySigner(chain, bundles, now, expect); err != nil {
 		return nil, signer, err
 	}
 	pub, ok := chain[0].PublicKey.(*ecdsa.PublicKey)
@@ -152,7 +154,7 @@ func openEnvelope(envelope []byte, bundles x509bundle.Source, now time.Time) (l 
 }
 
 // verifySigner accepts the control plane of any trust domain.
-func verifySigner(chain []*x509.Certificate, bundles x509bundle.Source, now time.Time) (identity.Peer, error) {
+func verifySigner(chain []*x509.Certificate, bundles x509bundle.Source, now time.Time, expect spiffeid.ID) (identity.Peer, error) {
 	if expires := firstExpiry(chain); now.After(expires) {
 		return identity.Peer{}, fmt.Errorf("%w at %s", ErrExpired, stamp(expires))
 	}
@@ -160,7 +162,11 @@ func verifySigner(chain []*x509.Certificate, bundles x509bundle.Source, now time
 	if err != nil {
 		return signer, fmt.Errorf("%w: %w", ErrUnknownSigner, err)
 	}
-	if signer.ID.Path() != identity.ControlPlanePath {
+	is := signer.ID.Path() == identity.ControlPlanePath
+	if signer.ID.TrustDomain() == expect.TrustDomain() {
+		is = signer.ID == expect
+	}
+	if !is {
 		return signer, fmt.Errorf("signed by %s, which is no control plane", signer.ID)
 	}
 	return signer, nil

@@ -41,6 +41,9 @@ type keeper struct {
 // openBook makes the book, and who shares it, and puts the saved list in force.
 func (s *Sidecar) openBook() {
 	s.book = revocation.NewBook(s.agent.Source(), s.now)
+	if id, err := spiffeid.FromString(s.cfg.Identity.ControlPlaneID); err == nil { // "" by default
+		s.book.Expect(id)
+	}
 	log := s.log.Named("revocation")
 	switch envelope, err := readList(s.cfg.StateDir); {
 	case errors.Is(err, fs.ErrNotExist):
