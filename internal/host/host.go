@@ -26,6 +26,7 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/agent/pemfile"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/attest"
 	"github.com/sallyport-mesh/sallyport/internal/revocation"
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
 // enrollWithin is how long a first start waits for the control plane. One that has
@@ -47,6 +48,7 @@ type Host struct {
 
 	agent    *agent.Agent
 	book     *revocation.Book // what is refused, to renew it
+	keeper   *revocation.Keeper
 	wallet   *agent.Wallet
 	endpoint *endpoint.Server // nil: no socket
 	files    []*agent.Files
@@ -76,17 +78,19 @@ func New(ctx context.Context, cfg Config, opts Options) (*Host, error) {
 func (h *Host) open(ctx context.Context, opts Options) (err error) {
 	h.agent, err = agent.New(agent.Config{
 		ControlPlane: h.cfg.ControlPlane, Evidence: h.cfg.evidence(), TrustBundle: h.cfg.TrustBundle,
-		StateDir: h.cfg.StateDir, Now: h.now, Log: h.log, EnrollWithin: enrollWithin,
+		StateDir: h.cfg.StateDir, Now: h.now, Log: h.log, EnrollWithin: enrollWithin, Check: h.check,
 	})
 	if err != nil {
 		return err
 	}
 	h.book = revocation.NewBook(h.agent.Source(), h.now)
+	h.keeper = revocation.NewKeeper(h.cfg.StateDir, h.log.Named("revocation"))
+	h.keeper.Restore(h.book)
 	h.book.Watch(h.refused)
 	log := h.log.Named("workload-api")
 	h.wallet = agent.NewWallet(h.agent, agent.WalletConfig{Find: evidenceOf, Log: log})
 	if h.cfg.WorkloadAPI.Socket != "" {
-		if h.endpoint, err = endpoint.New(endpoint.Config{Path: h.cfg.WorkloadAPI.Socket, Holder: h.wallet, Log: log}); err != nil {
+		if h.endpoint, err = endpoint.New(endpoint.Config{Path: h.cfg.WorkloadAPI.Socket, Holder: h.wallet, CheckJWT: h.book.CheckJWT, Log: log}); err != nil {
 			return fmt.Errorf("workloadAPI.socket: %w", err)
 		}
 	}
@@ -109,6 +113,10 @@ func (h *Host) open(ctx context.Context, opts Options) (err error) {
 	}
 	return nil
 }
+
+// check refuses a control plane that is revoked. There is a book before anything is
+// dialled.
+func (h *Host) check(p identity.Peer) error { return h.book.Check(p) }
 
 func (h *Host) openFiles(cfg pemfile.Config) error {
 	of := pemfile.Config{User: cfg.User} // the group is who may read, not who it is

@@ -23,7 +23,9 @@ import (
 	"go.uber.org/goleak"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 
+	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/attest"
 	"github.com/sallyport-mesh/sallyport/internal/meshtest"
 )
@@ -72,6 +74,7 @@ spec: {id: /shop/elsewhere, attest: [{kind: unix, via: [/agents/host2], uid: 655
 // machine is a host with an agent, in a mesh.
 type machine struct {
 	t     *testing.T
+	mesh  *meshtest.Mesh
 	cfg   Config
 	host  *Host
 	files string
@@ -108,7 +111,7 @@ files:
   - {dir: database, user: "65502", onChange: {command: [/bin/touch, %s/told]}}
 admin: {listen: "127.0.0.1:0", socket: admin.sock}
 `, mesh.GRPC, dir), 0o600))
-	m := &machine{t: t, files: filepath.Join(dir, "database")}
+	m := &machine{t: t, mesh: mesh, files: filepath.Join(dir, "database")}
 	m.cfg, err = Load(path)
 	require.NoError(t, err)
 	m.host, err = New(t.Context(), m.cfg, Options{Log: meshtest.Log(t), Version: "test"})
@@ -142,6 +145,7 @@ type answer struct {
 	ID            string // of the SVID
 	Left          time.Duration
 	Subject       string // of the validated token
+	Token         string
 }
 
 // askAndPrint is that process.
@@ -161,7 +165,7 @@ func askAndPrint(socket string) {
 	a.JWTCode = status.Code(err)
 	for err == nil && a.Subject == "" && ctx.Err() == nil { // the keys to check it with are pushed
 		if got, err := c.ValidateJWTSVID(ctx, token.Marshal(), "db"); err == nil {
-			a.Subject = got.ID.String()
+			a.Subject, a.Token = got.ID.String(), token.Marshal()
 		}
 	}
 	if err := json.NewEncoder(os.Stdout).Encode(a); err != nil {
@@ -228,6 +232,35 @@ func TestD6HostAgent(t *testing.T) {
 	}
 	if code, body := m.get("/healthz"); code != http.StatusOK || strings.Contains(body, "degraded") {
 		t.Errorf("health: %d %s", code, body)
+	}
+}
+
+// D5: what is revoked is refused at the socket too, at once, and after a restart.
+func TestD5RevokedTokensAtTheHost(t *testing.T) {
+	needRoot(t)
+	m := newMachine(t)
+	token := m.ask(web).Token
+	c, err := workloadapi.New(t.Context(), workloadapi.WithAddr("unix://"+m.cfg.WorkloadAPI.Socket))
+	require.NoError(t, err)
+	defer c.Close()
+	if _, err := c.ValidateJWTSVID(t.Context(), token, "db"); err != nil {
+		t.Fatalf("before: %v", err)
+	}
+	_, err = m.mesh.Admin.Revoke(t.Context(), &sallyportv1.RevokeRequest{Subject: "web", Wait: durationpb.New(meshtest.Deadline)})
+	require.NoError(t, err)
+	if _, err := c.ValidateJWTSVID(t.Context(), token, "db"); status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "revoked") {
+		t.Errorf("after: got %v", err)
+	}
+	td := m.host.agent.ID().TrustDomain()
+	want := m.host.book.List(td).Version()
+	require.NoError(t, m.stop())
+	again := m.cfg
+	again.Admin.Listen, again.Admin.Socket, again.Files = "", "", nil
+	h, err := New(t.Context(), again, Options{Log: meshtest.Log(t)})
+	require.NoError(t, err)
+	defer h.close()
+	if got := h.book.List(td).Version(); got != want || got.Number == 0 {
+		t.Errorf("after a restart list %s is in force, want %s", got, want)
 	}
 }
 

@@ -4,11 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 	"math/rand/v2"
 	"sync"
 	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/sallyport-mesh/sallyport/internal/admin"
 	"github.com/sallyport-mesh/sallyport/internal/revocation"
@@ -41,6 +42,7 @@ func (h *Host) Run(ctx context.Context) error {
 	start(h.agent.Run)
 	start(h.wallet.Run)
 	start(h.book.Run)
+	start(h.keeper.Run)
 	start(h.keepBundles)
 	if h.endpoint != nil {
 		start(h.endpoint.Serve)
@@ -132,6 +134,9 @@ func (h *Host) apply(u xds.Update) error {
 // refused renews what a new list refuses. Peers learn of it by themselves; here it
 // ends the streams of apps that were revoked.
 func (h *Host) refused(l *revocation.List) {
+	if l.TrustDomain() == h.agent.ID().TrustDomain() {
+		h.keeper.Note(h.book.Envelope(l.TrustDomain()))
+	}
 	refused := func(p identity.Peer) bool { return l.Names(p.Chain) || l.Check(p, h.now()) != nil }
 	if svid, err := h.agent.Source().GetX509SVID(); err == nil &&
 		refused(identity.Peer{ID: svid.ID, Leaf: svid.Certificates[0], Chain: svid.Certificates}) {

@@ -1,16 +1,9 @@
 package sidecar
 
 import (
-	"context"
-	"errors"
 	"fmt"
-	"io"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"time"
 
-	"github.com/hashicorp/go-hclog"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
@@ -21,22 +14,12 @@ import (
 )
 
 const (
-	// revocationFile keeps the newest list over a restart, 0600.
-	revocationFile = "revocations.pb"
 	// staleAfter is after how long without news of revocations health tells, where
 	// the workload does not say.
 	staleAfter = 15 * time.Minute
 	// forEver is for how long a sidecar has heard nothing that never heard anything.
 	forEver = 100 * 365 * 24 * time.Hour
 )
-
-// keeper saves the book's newest list in the state folder, apart from whoever
-// brings one: what a list refuses is cut without waiting for a disk.
-type keeper struct {
-	dir  string
-	log  hclog.Logger
-	news chan []byte // cap 1: an envelope to save
-}
 
 // openBook makes the book, and who shares it, and puts the saved list in force.
 func (s *Sidecar) openBook() {
@@ -45,17 +28,9 @@ func (s *Sidecar) openBook() {
 		s.book.Expect(id)
 	}
 	log := s.log.Named("revocation")
-	switch envelope, err := readList(s.cfg.StateDir); {
-	case errors.Is(err, fs.ErrNotExist):
-	case err != nil:
-		log.Warn("the saved revocation list is not used", "error", err)
-	default:
-		if _, err := s.book.Restore(envelope); err != nil {
-			log.Warn("the saved revocation list is not used", "error", err)
-		}
-	}
+	s.keeper = revocation.NewKeeper(s.cfg.StateDir, log)
+	s.keeper.Restore(s.book)
 	s.near = proxy.NewNeighbours(proxy.NeighboursConfig{Source: s.agent.Source(), Book: s.book, Now: s.now, Log: log})
-	s.keeper = &keeper{dir: s.cfg.StateDir, log: log, news: make(chan []byte, 1)}
 }
 
 // check refuses a control plane that is revoked. There is a book before anything is
@@ -81,7 +56,7 @@ func (s *Sidecar) watchBook() {
 			s.wallet.RenewIf(func(p identity.Peer) bool { return l.Names(p.Chain) || l.Check(p, s.now()) != nil })
 		}
 		if l.TrustDomain() == s.agent.ID().TrustDomain() {
-			s.keeper.note(s.book.Envelope(l.TrustDomain()))
+			s.keeper.Note(s.book.Envelope(l.TrustDomain()))
 		}
 	})
 }
@@ -90,71 +65,6 @@ func (s *Sidecar) watchBook() {
 func refuses(l *revocation.List, svid *x509svid.SVID, now time.Time) bool {
 	own := identity.Peer{ID: svid.ID, Leaf: svid.Certificates[0], Chain: svid.Certificates}
 	return l.Names(own.Chain) || l.Check(own, now) != nil
-}
-
-// note has an envelope saved soon. Of several only the newest is. Calls must follow
-// one another.
-func (k *keeper) note(envelope []byte) {
-	select {
-	case <-k.news:
-	default:
-	}
-	k.news <- envelope
-}
-
-// run saves until ctx ends, and what is noted by then.
-func (k *keeper) run(ctx context.Context) error {
-	for {
-		select {
-		case envelope := <-k.news:
-			k.save(envelope)
-		case <-ctx.Done():
-			select {
-			case envelope := <-k.news:
-				k.save(envelope)
-			default:
-			}
-			return nil
-		}
-	}
-}
-
-func (k *keeper) save(envelope []byte) {
-	if err := writeList(k.dir, envelope); err != nil {
-		k.log.Warn("the revocation list was not saved; after a restart it is fetched anew", "error", err)
-	}
-}
-
-func readList(dir string) ([]byte, error) {
-	f, err := os.Open(filepath.Join(dir, revocationFile))
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, revocation.MaxEnvelope+1)) // more is refused when it is opened
-}
-
-// writeList replaces the file, so that it is the old or the new one at any time.
-func writeList(dir string, envelope []byte) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	f, err := os.CreateTemp(dir, revocationFile+".*") // 0600
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(envelope)
-	if err == nil {
-		err = f.Sync()
-	}
-	err = errors.Join(err, f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), filepath.Join(dir, revocationFile))
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(f.Name()))
-	}
-	return nil
 }
 
 // stale is for how long a revocation may have gone unnoticed: since the control

@@ -121,13 +121,13 @@ func TestF6CutOffSidecarLearnsFromNeighbours(t *testing.T) {
 
 	// It survives b's end.
 	meshtest.Eventually(t, "the list is saved", func() error {
-		saved, err := readList(b.cfg.StateDir)
+		saved, err := os.ReadFile(filepath.Join(b.cfg.StateDir, "revocations.pb"))
 		if err == nil && string(saved) != string(second) {
 			err = errors.New("not yet")
 		}
 		return err
 	})
-	info, err := os.Stat(filepath.Join(b.cfg.StateDir, revocationFile))
+	info, err := os.Stat(filepath.Join(b.cfg.StateDir, "revocations.pb"))
 	require.NoError(t, err)
 	if info.Mode().Perm() != 0o600 {
 		t.Errorf("mode %o", info.Mode().Perm())

@@ -55,7 +55,7 @@ func (s *Sidecar) Run(ctx context.Context) error {
 
 	base.start(s.agent.Run)
 	base.start(s.book.Run)
-	base.start(s.keeper.run)
+	base.start(s.keeper.Run)
 	base.start(s.near.Run)
 	if s.flowLog != nil {
 		base.start(s.flowLog.Run)

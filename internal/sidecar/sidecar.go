@@ -74,7 +74,7 @@ type Sidecar struct {
 	views    proxy.Views
 	book     *revocation.Book
 	near     *proxy.Neighbours
-	keeper   *keeper
+	keeper   *revocation.Keeper
 	heard    atomic.Int64 // when the control plane was last connected, in Unix nanoseconds; 0: never
 	inbound  *proxy.Inbound
 	outbound *proxy.Outbound
