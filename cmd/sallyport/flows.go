@@ -45,8 +45,10 @@ too, come in the order in which the records arrived.`,
 // unless it follows, for then nobody knows what is still to come.
 func (c *cli) printFlows(stream sallyportv1.Admin_FlowsClient, follow bool) error {
 	var held []flow.Flow
+	some := false
 	out := printable{c.stdout}
 	err := c.eachFlow(stream, func(data []byte) error {
+		some = true
 		if c.output == "json" {
 			_, err := fmt.Fprintf(out, "%s\n", data)
 			return err
@@ -67,6 +69,9 @@ func (c *cli) printFlows(stream sallyportv1.Admin_FlowsClient, follow bool) erro
 		if _, err := fmt.Fprintln(out, flowLine(f)); err != nil {
 			return err
 		}
+	}
+	if err == nil && !some && !follow {
+		fmt.Fprintln(c.stderr, "no such flow records; a connection's appear within a second of its end")
 	}
 	return err
 }

@@ -178,6 +178,8 @@ func (c *cli) evidence(req *sallyportv1.ExplainIdentityRequest, file string, std
 	case strings.Contains(text, "-----BEGIN "):
 		req.Evidence = certificates(data)
 		return nil
+	case strings.HasPrefix(text, "sp1."):
+		return fmt.Errorf("%s: is a join token, which proves the workload that it was made for; there is nothing to explain", file)
 	case strings.Count(text, ".") == 2 && !strings.ContainsAny(text, " \t\n:{"):
 		req.Evidence = []byte(text)
 		return nil

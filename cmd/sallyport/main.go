@@ -13,6 +13,7 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
 
@@ -39,8 +40,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	case err == nil:
 		return 0
 	case errors.Is(err, errReported):
-	case errors.Is(err, context.Canceled) && ctx.Err() != nil:
-		return 0
+	case ctx.Err() != nil && (errors.Is(err, context.Canceled) || status.Code(err) == codes.Canceled):
+		return 0 // Ctrl-C, as ends `flows --follow`
 	default:
 		fmt.Fprintf(stderr, "sallyport: %s\n", message(err))
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"os"
+	"strings"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -15,6 +16,17 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
 		"sallyport": func() { os.Exit(run(context.Background(), os.Args[1:], os.Stdout, os.Stderr)) },
 	})
+}
+
+// TestCtrlC ends what follows, without a complaint.
+func TestCtrlC(t *testing.T) {
+	m := meshtest.New(t, meshtest.Config{})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	var out, errs strings.Builder
+	if code := run(ctx, []string{"--socket", m.Socket, "flows", "--follow"}, &out, &errs); code != 0 || errs.String() != "" {
+		t.Errorf("got exit code %d, stderr %q, want 0 and nothing", code, errs.String())
+	}
 }
 
 // TestStories runs what operators type, offline and against a control plane

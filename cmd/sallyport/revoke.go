@@ -112,7 +112,8 @@ func (c *cli) taint() *cobra.Command {
 	return &cobra.Command{
 		Use: "taint AUTHORITY", Short: "Stop believing in one signing key", Args: args("AUTHORITY"),
 		Long: `Taint replaces a signing key that may be in the wrong hands: AUTHORITY is its
-subject or the hash of its key, as "sallyport status" shows them. Everybody
+subject as "sallyport status" shows it, or the hash of its key (key_hash in
+"sallyport status --output json"). Everybody
 renews at once; half a minute later everything that the key signed is refused
 everywhere.`,
 		RunE: func(cmd *cobra.Command, args []string) error {

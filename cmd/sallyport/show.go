@@ -74,7 +74,7 @@ func printStatus(w io.Writer, s *sallyportv1.StatusResponse) {
 	fmt.Fprintf(w, "trust domain\t%s\nrevision\t%s\npolicy from\t%s\nversion\t%s, up since %s\n",
 		s.GetTrustDomain(), s.GetRevision(), s.GetPolicySource(), s.GetVersion(), local(s.GetStarted()))
 	for _, a := range s.GetAuthorities() {
-		fmt.Fprintf(w, "authority\t%s (%s, until %s)\n", a.GetSubject(), a.GetState(), local(a.GetNotAfter()))
+		fmt.Fprintf(w, "authority\t%s (%s, %s, until %s)\n", a.GetSubject(), authorityKind(a), a.GetState(), local(a.GetNotAfter()))
 	}
 	fmt.Fprintln(w, "\nWORKLOAD\tINSTANCE\tENDPOINT\tSVID UNTIL\tREVISION\tSTATE")
 	for _, wl := range s.GetWorkloads() {
@@ -108,6 +108,14 @@ func printStatus(w io.Writer, s *sallyportv1.StatusResponse) {
 	for _, p := range s.GetProblems() {
 		fmt.Fprintf(w, "- %s\n", strings.ReplaceAll(p, "\n", "\n  "))
 	}
+}
+
+// authorityKind is what an authority signs with, in the words of docs/ca.md.
+func authorityKind(a *sallyportv1.Authority) string {
+	if a.GetKind() == "jwt" {
+		return "JWT key"
+	}
+	return a.GetKind()
 }
 
 func (c *cli) explain() *cobra.Command {
