@@ -104,6 +104,9 @@ func (a *adminServer) Explain(_ context.Context, req *sallyportv1.ExplainRequest
 		if _, known := state.Rules.Workload(from); !known {
 			e.Note = strings.TrimPrefix(e.Note+"; no Workload of this mesh is "+from.String(), "; ")
 		}
+		if foreign := to.TrustDomain(); foreign != a.trustDomain {
+			e.Note = strings.TrimPrefix(e.Note+"; "+foreign.Name()+" decides for itself as well", "; ")
+		}
 		resp.Explanations = append(resp.Explanations, e)
 	}
 	return resp, nil
@@ -139,9 +142,9 @@ func (a *adminServer) resolve(rules *policy.Ruleset, ref string) (spiffeid.ID, e
 }
 
 func explainPorts(rules *policy.Ruleset, to spiffeid.ID, port string) ([]policy.Port, error) {
-	w, known := rules.Workload(to)
+	w, known := rules.Destination(to)
 	if !known {
-		return nil, status.Errorf(codes.NotFound, "%s is no workload of this mesh, so nothing can be allowed to it", to)
+		return nil, status.Errorf(codes.NotFound, "%s is no workload of this mesh and under workloads of no TrustDomain document, so nothing can be allowed to it", to)
 	}
 	if port == "" {
 		if len(w.Ports) == 0 {

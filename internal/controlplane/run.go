@@ -102,7 +102,11 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 	c.addTrustParts(parts)
 	for name, run := range parts {
 		g.Go(func() error {
-			if err := run(ctx); err != nil && !errors.Is(err, context.Canceled) {
+			err := run(ctx)
+			if errors.Is(err, grpc.ErrServerStopped) && ctx.Err() != nil { // stopped before it began
+				return nil
+			}
+			if err != nil && !errors.Is(err, context.Canceled) {
 				return fmt.Errorf("%s: %w", name, err)
 			}
 			return nil

@@ -30,7 +30,7 @@ func (r *Ruleset) Explain(q Request) Explanation {
 		Request: q, Decision: r.Decide(q),
 		src: r.title(q.Src.String()), dst: r.title(q.Dst.String()), port: r.portTitle(q.Dst, q.Port),
 	}
-	if w, ok := r.destination(q.Dst); ok {
+	if w, ok := r.Destination(q.Dst); ok {
 		if _, declared := w.Port(q.Port); !declared {
 			x.Note = fmt.Sprintf("%s declares no port %d, so its sidecar refuses it; declared: %s", w.Name, q.Port, portList(w.Ports))
 		}
@@ -131,7 +131,7 @@ func (r *Ruleset) titles(ps []identity.Pattern) []string {
 
 // portTitle gives "http (8080)" for a declared port of dst, else the number.
 func (r *Ruleset) portTitle(dst spiffeid.ID, n uint16) string {
-	w, _ := r.destination(dst)
+	w, _ := r.Destination(dst)
 	if p, ok := w.Port(n); ok {
 		return fmt.Sprintf("%s (%d)", p.Name, n)
 	}

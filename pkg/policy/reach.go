@@ -102,7 +102,7 @@ func (r *Ruleset) about(dst spiffeid.ID, byTarget map[int32][]int32) []int32 {
 // Opens reports whether src may reach dst, a workload or an ID of a template, on at
 // least one of its declared ports.
 func (r *Ruleset) Opens(src, dst spiffeid.ID) bool {
-	w, ok := r.destination(dst)
+	w, ok := r.Destination(dst)
 	if !ok || src.IsZero() {
 		return false
 	}

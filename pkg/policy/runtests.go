@@ -83,7 +83,7 @@ func (t *testRun) ask(c Case) {
 func (t *testRun) workload(ref string) (CompiledWorkload, bool) {
 	if td := t.rs.trustDomain(); !td.IsZero() {
 		if id, problem := refID(td, ref, t.rs.nameToID); problem == "" {
-			return t.rs.destination(id)
+			return t.rs.Destination(id)
 		}
 	}
 	return CompiledWorkload{}, false

@@ -63,8 +63,9 @@ func (w ForeignWorkload) compiled() CompiledWorkload {
 	return CompiledWorkload{Workload: Workload{Name: w.ID.String(), ID: w.ID.Path(), Ports: w.Ports}, ID: w.ID}
 }
 
-// destination gives the workload with this ID, here or in another trust domain.
-func (r *Ruleset) destination(id spiffeid.ID) (CompiledWorkload, bool) {
+// Destination gives the workload with this ID: one of this mesh, or one that a
+// TrustDomain document lists, whose name is then its ID.
+func (r *Ruleset) Destination(id spiffeid.ID) (CompiledWorkload, bool) {
 	if w, ok := r.Workload(id); ok {
 		return w, true
 	}
