@@ -141,3 +141,11 @@ func TestShellLine(t *testing.T) {
 		t.Errorf("got %s, want %s", got, want)
 	}
 }
+
+// TestMissingPolicyFolder names the file and the key that lead to it.
+func TestMissingPolicyFolder(t *testing.T) {
+	err := checkPolicies(&mesh{file: "mesh.yaml", policies: filepath.Join(t.TempDir(), "nosuch")})
+	if err == nil || !strings.Contains(err.Error(), "mesh.yaml: spec.policies: ") || !strings.Contains(err.Error(), "nosuch is not a folder") {
+		t.Errorf("got %v", err)
+	}
+}

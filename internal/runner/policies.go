@@ -13,6 +13,9 @@ import (
 // checkPolicies reads the policy folder as the control plane will and compares
 // mesh.yaml with it, so that mistakes show before anything starts.
 func checkPolicies(m *mesh) error {
+	if st, err := os.Stat(m.policies); err != nil || !st.IsDir() {
+		return fmt.Errorf("%s: spec.policies: %s is not a folder that can be read; it is looked for beside mesh.yaml", m.file, relative(m.policies))
+	}
 	sets, err := policy.ParseTree(os.DirFS(m.policies))
 	if err != nil {
 		return fmt.Errorf("reading the policies in %s: %w", relative(m.policies), err)
