@@ -18,7 +18,7 @@ CC_FOUND    := $(shell command -v "$$(go env CC 2>/dev/null)" 2>/dev/null)
 RACE        := $(if $(CC_FOUND),-race)
 
 # name → package of every program
-PROGRAMS := sallyport-controlplane=./cmd/controlplane sallyport-proxy=./cmd/proxy sallyport=./cmd/sallyport shop=./examples/shop
+PROGRAMS := sallyport-controlplane=./cmd/controlplane sallyport-proxy=./cmd/proxy sallyport=./cmd/sallyport shop=./examples/shop secrets=./examples/secrets
 
 .PHONY: help build pkcs11 demo test smoke e2e kubernetes lint vuln fuzz proto clean have-go
 

@@ -1,6 +1,7 @@
 package deploy_test
 
 import (
+	"io/fs"
 	"os"
 	"path"
 	"path/filepath"
@@ -82,7 +83,7 @@ func TestFilesOfIdentityDoc(t *testing.T) {
 	}
 }
 
-func compileAll(t *testing.T, files fstest.MapFS) *policy.Ruleset {
+func compileAll(t *testing.T, files fs.FS) *policy.Ruleset {
 	t.Helper()
 	sets, err := policy.ParseTree(files)
 	require.NoError(t, err)
@@ -258,4 +259,30 @@ func readDeployment(t *testing.T, file string) (config string, proxy, app contai
 		}
 	}
 	return config, proxy, app
+}
+
+var hereFile = regexp.MustCompile(`(?s)cat > (\S+) <<'EOF'\n(.*?\n)EOF\n`)
+
+// TestFilesOfFederationDoc reads the files that docs/federation.md has its reader
+// write as the programs do.
+func TestFilesOfFederationDoc(t *testing.T) {
+	text, err := os.ReadFile("../docs/federation.md")
+	require.NoError(t, err)
+	t.Chdir(t.TempDir())
+	require.NoError(t, os.Mkdir("policy", 0o700))
+	for _, m := range hereFile.FindAllStringSubmatch(string(text), -1) {
+		require.NoError(t, os.WriteFile(m[1], []byte(m[2]), 0o600))
+	}
+	c, err := controlplane.LoadConfig("controlplane.yaml")
+	require.NoError(t, err)
+	require.NoError(t, c.WithDefaults().Validate())
+	p, err := sidecar.Load("proxy.yaml")
+	require.NoError(t, err)
+	if p.WorkloadAPI.Socket == "" {
+		t.Error("the app of the example has no socket")
+	}
+	rules := compileAll(t, os.DirFS("policy"))
+	if _, ok := rules.Workload(spiffeid.RequireFromString("spiffe://shop.example/shop/payments")); !ok {
+		t.Error("nobody is spiffe://shop.example/shop/payments, whom the store expects")
+	}
 }
