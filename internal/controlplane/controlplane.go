@@ -234,6 +234,7 @@ func (c *ControlPlane) instanceOf(ctx context.Context, p identity.Peer) (string,
 // view in which everything is denied; its other streams end.
 func (c *ControlPlane) publish(s *xds.Snapshot) {
 	c.xds.SetSnapshot(s)
+	c.revoker.goesOut(s.Revocations)
 	c.auth.recheck()
 	c.health.Set(componentXDS, admin.OK, "")
 }

@@ -1,6 +1,7 @@
 package controlplane
 
 import (
+	"bytes"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -58,7 +59,10 @@ type revoker struct {
 	removed map[string]bool      // guarded by mu :: SPIFFE ID that is revoked for having no Workload, and for nothing else
 	signer  time.Time            // guarded by mu; when the SVID that signed ends
 	signed  time.Time            // guarded by mu
-	out     chan struct{}        // guarded by mu; closed when a newer list is out
+	list    []byte               // guarded by mu; the newest, as it was signed …
+	number  int64                // guarded by mu; … and its number
+	sent    int64                // guarded by mu; number of the newest one that sidecars are sent
+	out     chan struct{}        // guarded by mu; closed when a newer list is sent
 }
 
 // workloadsChanged asks for a look at IDs without Workload.
@@ -205,7 +209,7 @@ func (r *revoker) releaseLocked() error {
 	if err != nil {
 		return err
 	}
-	list, removed, err := r.list(r.all)
+	list, removed, err := r.compile(r.all)
 	if err != nil {
 		return err
 	}
@@ -218,16 +222,27 @@ func (r *revoker) releaseLocked() error {
 	}
 	r.removed = removed
 	r.signed, r.signer = r.now(), svid.Certificates[0].NotAfter
+	r.list, r.number = envelope, r.all.Number
 	r.publish(envelope)
+	return nil
+}
+
+// goesOut notes what sidecars are sent from now on.
+func (r *revoker) goesOut(envelope []byte) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.sent == r.number || !bytes.Equal(envelope, r.list) {
+		return // nothing new, or a newer one is on its way
+	}
+	r.sent = r.number
 	if r.out != nil {
 		close(r.out)
 	}
 	r.out = make(chan struct{})
-	return nil
 }
 
-// list gives all in the form that travels.
-func (r *revoker) list(all registry.Revocations) (*sallyportv1.RevocationList, map[string]bool, error) {
+// compile gives all in the form that travels.
+func (r *revoker) compile(all registry.Revocations) (*sallyportv1.RevocationList, map[string]bool, error) {
 	out := &sallyportv1.RevocationList{
 		TrustDomain: r.trustDomain.Name(), Epoch: revocationEpoch, Number: all.Number, Issued: timestamppb.New(r.now()),
 	}
@@ -274,10 +289,9 @@ func (r *revoker) published(ctx context.Context, number int64) error {
 		if r.out == nil {
 			r.out = make(chan struct{})
 		}
-		have, next := r.all.Number, r.out
-		out := !r.signed.IsZero()
+		have, next := r.sent, r.out
 		r.mu.Unlock()
-		if out && have >= number {
+		if have >= number {
 			return nil
 		}
 		select {

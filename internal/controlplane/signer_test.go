@@ -71,8 +71,11 @@ func TestUpstreamIntermediateAndHealth(t *testing.T) {
 		m := meshtest.New(t, meshtest.Config{Files: files(), Change: func(c *controlplane.Config) {
 			c.CA.Signer, c.CA.Upstream, c.CA.SVIDTTL = "upstream", upstreamFiles(t, row.left), time.Minute
 		}})
-		status, err := m.Admin.Status(t.Context(), &sallyportv1.StatusRequest{})
-		require.NoError(t, err)
+		var status *sallyportv1.StatusResponse
+		meshtest.Eventually(t, "started", func() (err error) {
+			status, err = m.Admin.Status(t.Context(), &sallyportv1.StatusRequest{})
+			return err
+		})
 		var names []string
 		for _, a := range status.GetAuthorities() {
 			if a.GetKind() != "jwt" {
