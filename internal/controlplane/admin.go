@@ -131,7 +131,9 @@ func recorded(f flow.Flow, rev string) string {
 
 // resolve finds who is meant: a workload's name first, then any form of ID.
 func (a *adminServer) resolve(rules *policy.Ruleset, ref string) (spiffeid.ID, error) {
-	if w, ok := rules.WorkloadByName(ref); ok {
+	if w, ok := rules.WorkloadByName(ref); ok && w.Template {
+		return spiffeid.ID{}, status.Errorf(codes.InvalidArgument, "%s is a template (%s): name one of its IDs, as sallyport identity list --workload %s shows them", ref, w.Workload.ID, ref)
+	} else if ok {
 		return w.ID, nil
 	}
 	id, err := identity.ParseRef(a.trustDomain, ref)

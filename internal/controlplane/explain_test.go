@@ -8,6 +8,8 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/controlplane"
@@ -71,6 +73,19 @@ func TestStopBeforeServing(t *testing.T) {
 		require.NoError(t, err)
 		if err := cp.Run(ctx); err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// A template is many identities: which one is meant is asked for.
+func TestExplainATemplate(t *testing.T) {
+	f := files()
+	f["cluster.yaml"] = "apiVersion: sallyport.dev/v1\nkind: Workload\nmetadata: {name: cluster}\nspec:\n  id: /ns/{namespace}/sa/{serviceAccount}\n  attest: [{kind: kubernetes}]\n"
+	m := meshtest.New(t, meshtest.Config{Files: f})
+	for _, req := range []*sallyportv1.ExplainRequest{{From: "cluster", To: "server"}, {From: "client", To: "cluster"}} {
+		_, err := m.Admin.Explain(t.Context(), req)
+		if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "cluster is a template (/ns/{namespace}/sa/{serviceAccount}): name one of its IDs") {
+			t.Errorf("%v: got %v", req, err)
 		}
 	}
 }

@@ -16,8 +16,10 @@ import (
 
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/admin"
+	"github.com/sallyport-mesh/sallyport/internal/audit"
 	"github.com/sallyport-mesh/sallyport/internal/catalog"
 	"github.com/sallyport-mesh/sallyport/internal/federation"
+	"github.com/sallyport-mesh/sallyport/internal/store"
 	"github.com/sallyport-mesh/sallyport/internal/xds"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
@@ -89,6 +91,9 @@ func (c *ControlPlane) openFederation() error {
 	c.federation = federation.NewManager(federation.Config{
 		Own: c.authority.TrustDomain(), OwnBundle: c.authority.Bundle, Store: c.store,
 		Publish: func(b identity.Bundles) { c.reconciler.setForeign(b) }, WebRoots: roots,
+		Audit: func(td spiffeid.TrustDomain, detail string) store.Op {
+			return c.audit.Op(audit.Record{Actor: "federation", Origin: "bundle endpoint", Action: "federation.bundle", Subject: td.Name(), Detail: detail, Result: "in force"})
+		},
 		MinRefresh: c.opts.BundleRefresh, MaxRefresh: c.opts.BundleRefresh,
 		Now: c.opts.Now, Log: c.log.Named("federation"),
 	})

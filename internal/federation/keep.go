@@ -2,9 +2,13 @@ package federation
 
 import (
 	"context"
+	"crypto"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -73,7 +77,11 @@ func (m *Manager) keep(ctx context.Context, p Peer, b *spiffebundle.Bundle) erro
 		if newer, err := supersedes(held, b); err != nil || !newer {
 			return err
 		}
-		_, err = m.cfg.Store.Txn(ctx, []store.Cmp{{Key: m.key(p.TrustDomain), Rev: kv.Rev}}, []store.Op{{Key: m.key(p.TrustDomain), Value: value}})
+		ops := []store.Op{{Key: m.key(p.TrustDomain), Value: value}}
+		if m.cfg.Audit != nil {
+			ops = append(ops, m.cfg.Audit(p.TrustDomain, keyChanges(held, b)))
+		}
+		_, err = m.cfg.Store.Txn(ctx, []store.Cmp{{Key: m.key(p.TrustDomain), Rev: kv.Rev}}, ops)
 		if !errors.Is(err, store.ErrConflict) {
 			if err != nil {
 				return fmt.Errorf("keeping the bundle of %s: %w", p.TrustDomain, err)
@@ -167,4 +175,38 @@ func (m *Manager) forget(ctx context.Context, td spiffeid.TrustDomain) {
 	if _, err := m.cfg.Store.Txn(ctx, nil, []store.Op{{Key: m.key(td), Delete: true}}); err != nil && ctx.Err() == nil {
 		m.log.Warn("removing a foreign bundle from the store; nobody uses it", "trust_domain", td.Name(), "error", err)
 	}
+}
+
+// keyChanges says which keys came (+) and went (-), the roots by the SHA-256 of
+// their public key and JWT keys by their kid, and the sequence number.
+func keyChanges(was, is *spiffebundle.Bundle) string {
+	var out []string
+	if was == nil {
+		was = spiffebundle.New(is.TrustDomain())
+	}
+	if n, ok := is.SequenceNumber(); ok {
+		out = append(out, fmt.Sprintf("sequence %d", n))
+	}
+	for _, side := range []struct {
+		sign     string
+		has, not *spiffebundle.Bundle
+	}{{"+", is, was}, {"-", was, is}} {
+		for _, cert := range side.has.X509Authorities() {
+			if !side.not.HasX509Authority(cert) {
+				sum := sha256.Sum256(cert.RawSubjectPublicKeyInfo)
+				out = append(out, fmt.Sprintf("%sroot %x until %s", side.sign, sum[:8], cert.NotAfter.UTC().Format(time.RFC3339)))
+			}
+		}
+		for _, kid := range slices.Sorted(maps.Keys(side.has.JWTAuthorities())) {
+			if key, ok := side.not.FindJWTAuthority(kid); !ok || !samePublicKey(key, side.has.JWTAuthorities()[kid]) {
+				out = append(out, fmt.Sprintf("%sJWT key %.64q", side.sign, kid))
+			}
+		}
+	}
+	return strings.Join(out, ", ")
+}
+
+func samePublicKey(a, b crypto.PublicKey) bool {
+	k, ok := a.(interface{ Equal(crypto.PublicKey) bool })
+	return ok && k.Equal(b)
 }

@@ -32,7 +32,10 @@ type Config struct {
 	// Publish is handed what to trust of each foreign trust domain, first when
 	// the first SetPeers and the store's content are both known and then with
 	// each change. The map and the bundles must not be changed.
-	Publish    func(identity.Bundles)
+	Publish func(identity.Bundles)
+	// Audit makes the record of a bundle that changed, which is written with it:
+	// detail says which keys came and went. Nil: none is written.
+	Audit      func(td spiffeid.TrustDomain, detail string) store.Op
 	WebRoots   *x509.CertPool // for https_web; nil: the system's
 	MinRefresh time.Duration  // least time between two fetches of one bundle; zero: 1 min
 	MaxRefresh time.Duration  // most; zero: 1 h

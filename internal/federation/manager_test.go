@@ -13,6 +13,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/stretchr/testify/require"
 
 	"github.com/sallyport-mesh/sallyport/internal/store"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
@@ -34,6 +35,9 @@ func newWorld(t *testing.T, s store.Store, roots *x509.CertPool, peers ...Peer) 
 	w.m = NewManager(Config{
 		Own: own, OwnBundle: w.own.bundle, Store: s, WebRoots: roots, MinRefresh: 10 * time.Millisecond,
 		Publish: func(b identity.Bundles) { w.live.SetBundles(b) }, Now: time.Now, Log: hclog.NewNullLogger(),
+		Audit: func(td spiffeid.TrustDomain, detail string) store.Op {
+			return store.Op{Key: fmt.Sprintf("audit/%d", time.Now().UnixNano()), Value: []byte(td.Name() + ": " + detail)}
+		},
 	})
 	w.m.SetPeers(peers)
 	w.stop = run(t, w.m.Run)
@@ -104,6 +108,16 @@ func TestF5_2_2_LatestBundle(t *testing.T) {
 			}
 			return nil
 		})
+	}
+	records, _, err := w.store.List(t.Context(), "audit/")
+	require.NoError(t, err)
+	came, went := 0, 0
+	for _, r := range records {
+		came += strings.Count(string(r.Value), "partner.example: sequence") * strings.Count(string(r.Value), "+root ")
+		went += strings.Count(string(r.Value), "-root ")
+	}
+	if came != 5 || went != 5 {
+		t.Errorf("recorded that %d roots came and %d went, want 5 each: %d records", came, went, len(records))
 	}
 	w.waitProblem(partner, "")
 	if w.status(partner).Bundle.HasX509Authority(bootstrap.X509Authorities()[0]) {
