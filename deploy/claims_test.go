@@ -14,9 +14,9 @@ import (
 )
 
 var (
-	testFunc  = regexp.MustCompile(`^func (Test[A-Za-z0-9_]+)\(`)
-	testName  = regexp.MustCompile("`(Test[A-Za-z0-9_]+)`")
-	clauseRow = regexp.MustCompile(`^\| ([A-Z]+[0-9 ][0-9.]*) \|`)
+	testFunc  = regexp.MustCompile(`^func ((?:Test|Fuzz)[A-Za-z0-9_]+)\(`)
+	testName  = regexp.MustCompile("`((?:Test|Fuzz)[A-Za-z0-9_]+)`")
+	clauseRow = regexp.MustCompile(`^\| ([A-Z]+ ?[0-9][0-9.]*) \|`)
 )
 
 // allTests are the names of the test functions of the whole tree.
@@ -104,4 +104,12 @@ func TestSPIFFEClauses(t *testing.T) {
 		"B 4.1.1", "B 4.1.2", "B 4.1.3", "B 4.2",
 		"F 4.1", "F 4.2", "F 5.1", "F 5.2.1.1", "F 5.2.1.2", "F 5.2.1.3", "F 5.2.2", "F 5.2.2.3",
 	}, regexp.MustCompile(`^Test(ID|WE|WA|X|J)[0-9]+_|^Test(B4|B41[0-9]|F4|F41|F5)_`))
+}
+
+// TestSecurityRows: docs/security.md is complete and true.
+func TestSecurityRows(t *testing.T) {
+	checkTable(t, "../docs/security.md", []string{
+		"B3", "B4", "B5", "B7", "B9", "B10", "B11", "C1", "C4", "C5", "C7", "C8",
+		"D1", "D2", "D3", "D4", "D5", "D6", "D8", "E1", "E3", "F6", "F8", "F9", "G1",
+	}, regexp.MustCompile(`^(Test|Fuzz)(A[0-9]+|B(3|4[A-Z]|5|7|9|1[0-9])|[CDE][0-9]|F[16-9]|G[0-9])|[a-z](A|B|C|D|E|F|G)[0-9]{1,2}$`))
 }

@@ -347,3 +347,37 @@ func TestC8_WrongServer(t *testing.T) {
 		t.Error("the sidecar calls the own payments in the place of the foreign one")
 	}
 }
+
+// C1: no session can be resumed at any port that authenticates by SVID, so that
+// each connection is verified anew.
+func TestC1_NoResumption(t *testing.T) {
+	b := newBorders(t)
+	m, _ := published(t)
+	for name, addr := range map[string]string{"tunnel": b.payments.Tunnel, "control plane": b.controlPlane, "bundle endpoint": m.Bundle} {
+		cert := b.own.Leaf(ordersPeer, nil)
+		cfg := &tls.Config{
+			InsecureSkipVerify: true, NextProtos: []string{"h2", "http/1.1"}, ServerName: "x", //nolint:gosec // the other end is not the question
+			ClientSessionCache: tls.NewLRUClientSessionCache(8), Certificates: []tls.Certificate{cert},
+		}
+		for n := range 3 {
+			raw, err := net.Dial("tcp", addr)
+			require.NoError(t, err)
+			require.NoError(t, raw.SetDeadline(time.Now().Add(Deadline)))
+			conn := tls.Client(raw, cfg)
+			require.NoError(t, conn.Handshake())
+			if conn.ConnectionState().NegotiatedProtocol == "h2" {
+				_, err = io.WriteString(conn, preface+"\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+			} else {
+				_, err = io.WriteString(conn, "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+			}
+			require.NoError(t, err)
+			if _, err = io.ReadFull(conn, make([]byte, 9)); err != nil { // what may resume came before
+				t.Errorf("%s, connection %d: %v", name, n, err)
+			}
+			if conn.ConnectionState().DidResume {
+				t.Errorf("%s: connection %d resumed a session", name, n)
+			}
+			_ = conn.Close()
+		}
+	}
+}
