@@ -128,7 +128,9 @@ func (c *CA) describe(s *state, b *book, now time.Time) {
 		switch {
 		case b.tainted[keyHash(rec.cert)] != nil:
 			state = "tainted"
-		case slices.ContainsFunc(issuers[i+1:], func(later *issuerRecord) bool { return later.Replica == rec.Replica && b.tainted[keyHash(later.cert)] == nil }):
+		case slices.ContainsFunc(issuers[i+1:], func(later *issuerRecord) bool {
+			return later.Replica == rec.Replica && b.tainted[keyHash(later.cert)] == nil
+		}):
 			state = "retiring"
 		}
 		s.authorities = append(s.authorities, authorityOf(KindIntermediate, rec.cert, state))
