@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/ecdsa"
 	"errors"
+	"fmt"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -473,5 +474,49 @@ func TestCleanForgetsWhatPlatformsStartAnew(t *testing.T) {
 		if got != step.want {
 			t.Errorf("after %v: forgot %d, want %d", step.after, got, step.want)
 		}
+	}
+}
+
+// Before the first policy is in force nothing is decided, and nothing goes wrong.
+func TestNothingBeforeTheWorkloads(t *testing.T) {
+	f := newFixture(t)
+	f.Registry = New(Config{Store: f.store, Audit: f.audit, Now: time.Now, RootHash: func() [32]byte { return [32]byte{7} }})
+	v := attest.Verified{Kind: policy.Kubernetes}
+	if _, _, err := f.Match(v, spiffeid.ID{}); !errors.Is(err, ErrNotReady) {
+		t.Errorf("Match: %v", err)
+	}
+	if _, err := f.Explain(v, spiffeid.ID{}); !errors.Is(err, ErrNotReady) {
+		t.Errorf("Explain: %v", err)
+	}
+	if err := f.ReviseRemoved(t.Context()); !errors.Is(err, ErrNotReady) {
+		t.Errorf("ReviseRemoved: %v", err)
+	}
+	if f.defined(spiffeid.RequireFromString("spiffe://test.example/a")) {
+		t.Error("an ID has a Workload")
+	}
+}
+
+// An agent's word is about processes, and is no other evidence.
+func TestD4AgentGivesNoOtherEvidence(t *testing.T) {
+	f := newFixture(t)
+	for _, kind := range []string{policy.Kubernetes, policy.OIDC, policy.X509Pop, policy.JoinToken, ""} {
+		if _, err := f.Vouch(t.Context(), Instance{Name: "agent"}, attest.Verified{Kind: kind}); err == nil || !strings.Contains(err.Error(), "not for an agent to give") {
+			t.Errorf("%q: got %v", kind, err)
+		}
+	}
+}
+
+// The list of what is refused is bounded; an order beyond it changes nothing.
+func TestTooManyRevocations(t *testing.T) {
+	f := newFixture(t)
+	o := Order{Actor: "alice"}
+	for n := range maxRevocations + 1 {
+		o.Subjects = append(o.Subjects, Subject{Kind: RevokedID, Name: fmt.Sprintf("spiffe://test.example/%d", n)})
+	}
+	if _, err := f.Revoke(t.Context(), o); !errors.Is(err, ErrTooManyRevocations) {
+		t.Errorf("got %v", err)
+	}
+	if all, err := f.Revocations(t.Context()); err != nil || len(all.All) > 0 {
+		t.Errorf("%d are revoked, %v", len(all.All), err)
 	}
 }
