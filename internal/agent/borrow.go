@@ -46,6 +46,9 @@ type BorrowConfig struct {
 
 	Now func() time.Time // nil: time.Now
 	Log hclog.Logger     // nil: discard
+	// Trusting is called before the first SVID is in force, with its bundles in
+	// force already: what can be verified only now is. Nil: nothing is.
+	Trusting func()
 }
 
 // Borrowed is an identity that somebody else keeps: it takes SVIDs and bundles
@@ -255,6 +258,9 @@ func (b *Borrowed) OnX509ContextUpdate(x *workloadapi.X509Context) {
 		bundles[bundle.TrustDomain()] = spiffebundle.FromX509Bundle(bundle)
 	}
 	b.live.SetBundles(bundles)
+	if known.IsZero() && b.cfg.Trusting != nil {
+		b.cfg.Trusting()
+	}
 	b.install(svid)
 }
 

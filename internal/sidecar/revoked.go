@@ -21,7 +21,8 @@ const (
 	forEver = 100 * 365 * 24 * time.Hour
 )
 
-// openBook makes the book, and who shares it, and puts the saved list in force.
+// openBook makes the book, and who shares it, and puts the saved list in force,
+// which a borrowed identity has the bundles for only later, see borrowIdentity.
 func (s *Sidecar) openBook() {
 	s.book = revocation.NewBook(s.agent.Source(), s.now)
 	if id, err := spiffeid.FromString(s.cfg.Identity.ControlPlaneID); err == nil { // "" by default
@@ -29,7 +30,9 @@ func (s *Sidecar) openBook() {
 	}
 	log := s.log.Named("revocation")
 	s.keeper = revocation.NewKeeper(s.cfg.StateDir, log)
-	s.keeper.Restore(s.book)
+	if s.cfg.Identity.WorkloadAPI == "" {
+		s.keeper.Restore(s.book)
+	}
 	s.near = proxy.NewNeighbours(proxy.NeighboursConfig{Source: s.agent.Source(), Book: s.book, Now: s.now, Log: log})
 }
 
