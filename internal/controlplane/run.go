@@ -187,15 +187,23 @@ func problem(c *catalog.Catalog) error {
 }
 
 func (c *ControlPlane) checkAuthority() {
+	trouble, status := c.authorityTrouble(), admin.OK
+	if trouble != "" {
+		status = admin.Degraded
+	}
+	c.health.Set(componentAuthority, status, trouble)
+}
+
+// authorityTrouble says what keeps the own CA from rotating; "" when nothing does.
+func (c *ControlPlane) authorityTrouble() string {
+	if c.ca == nil {
+		return ""
+	}
 	var problems []string
 	for _, p := range c.ca.Health() {
 		problems = append(problems, p.Error())
 	}
-	status := admin.OK
-	if len(problems) > 0 {
-		status = admin.Degraded
-	}
-	c.health.Set(componentAuthority, status, strings.Join(problems, "; "))
+	return strings.Join(problems, "; ")
 }
 
 func (c *ControlPlane) authorities() []*sallyportv1.Authority {

@@ -24,7 +24,7 @@ type statusReporter struct {
 	version     string
 	source      string // where policy comes from
 	started     time.Time
-	problems    []func() string // of the watched directory, the revocation list
+	problems    []func() string // of the watched directory, the authorities, the revocation list
 	authorities func() []*sallyportv1.Authority
 	instances   func(context.Context) ([]registry.Instance, error)
 	revocations func(context.Context) (registry.Revocations, error)
