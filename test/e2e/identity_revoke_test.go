@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -80,22 +81,47 @@ func ended(t *testing.T, c net.Conn) {
 	}
 }
 
-// keptAlive is an HTTP connection with an answered request behind it.
-func keptAlive(t *testing.T, addr string) net.Conn {
+// keptAlive is an HTTP connection with an answered request behind it, or with one
+// for /stream, of whose answer a first line has come.
+func keptAlive(t *testing.T, addr, path string) net.Conn {
 	t.Helper()
 	c, err := net.Dial("tcp", addr)
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = c.Close() })
-	_, err = io.WriteString(c, "GET / HTTP/1.1\r\nHost: server\r\n\r\n")
+	require.NoError(t, c.SetDeadline(time.Now().Add(realmesh.Deadline)))
+	_, err = io.WriteString(c, "GET "+path+" HTTP/1.1\r\nHost: server\r\n\r\n")
 	require.NoError(t, err)
 	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
 	require.NoError(t, err)
-	_, err = io.Copy(io.Discard, resp.Body)
+	_, err = bufio.NewReader(resp.Body).ReadString('\n')
 	require.NoError(t, err)
 	if resp.StatusCode != http.StatusOK {
 		t.Fatalf("status %d", resp.StatusCode)
 	}
 	return c
+}
+
+// webApp answers with a line, and on /stream with one every 100 ms without end.
+func webApp(t *testing.T) (addr string) {
+	t.Helper()
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprintln(w, "a")
+		if r.URL.Path != "/stream" {
+			return
+		}
+		tick := time.NewTicker(100 * time.Millisecond)
+		defer tick.Stop()
+		for http.NewResponseController(w).Flush() == nil {
+			select {
+			case <-r.Context().Done():
+				return
+			case <-tick.C:
+				fmt.Fprintln(w, "tick")
+			}
+		}
+	}))
+	t.Cleanup(func() { srv.CloseClientConnections(); srv.Close() })
+	return srv.Listener.Addr().String()
 }
 
 // pair is the mesh of most tests here: client calls server, and its app holds an
@@ -108,7 +134,7 @@ type pair struct {
 
 func newPair(t *testing.T, m *realmesh.Mesh) *pair {
 	p := &pair{Mesh: m}
-	p.server = m.Sidecar(realmesh.SidecarConfig{Name: "server", Serve: map[string]string{"http": realmesh.HTTPApp(t, "a"), "echo": tickApp(t, 100*time.Millisecond)}})
+	p.server = m.Sidecar(realmesh.SidecarConfig{Name: "server", Serve: map[string]string{"http": webApp(t), "echo": tickApp(t, 100*time.Millisecond)}})
 	p.client = m.Sidecar(realmesh.SidecarConfig{Name: "client", Outbound: map[string]string{"server:http": "", "server:echo": ""}, Extra: "workloadAPI: {socket: api.sock}\n"})
 	waitOK(t, p.http())
 	p.app = source(t, filepath.Join(p.client.Dir, "api.sock"))
@@ -122,7 +148,8 @@ func (p *pair) http() string { return "http://" + p.client.Out["server:http"] }
 // comes back by itself with another SVID, and the old one stays refused.
 func TestF6RevokeByTheCLI(t *testing.T) {
 	p := newPair(t, realmesh.New(t, pairFiles()))
-	stream, kept, old := live(t, p.client.Out["server:echo"]), keptAlive(t, p.client.Out["server:http"]), svidOf(t, p.app)
+	stream, old := live(t, p.client.Out["server:echo"]), svidOf(t, p.app)
+	kept, streaming := keptAlive(t, p.client.Out["server:http"], "/"), keptAlive(t, p.client.Out["server:http"], "/stream")
 	if !admitted(t, p.server.Tunnel, old) {
 		t.Fatal("the app's SVID is refused before anything was revoked")
 	}
@@ -143,10 +170,11 @@ func TestF6RevokeByTheCLI(t *testing.T) {
 	}()
 	ended(t, stream)
 	ended(t, kept)
+	ended(t, streaming)
 	cut := time.Since(start)
 	out := <-revoked
 	took := realmesh.EventuallyWithin(t, time.Second, "D5: the streams of the revoked end", connected(1))
-	t.Logf("both connections cut %v after the command began; its streams ended %v after it returned", cut, took)
+	t.Logf("all three connections cut %v after the command began; its streams ended %v after it returned", cut, took)
 	if !strings.Contains(out, "client") {
 		t.Errorf("revoke: %s", out)
 	}
@@ -160,8 +188,8 @@ func TestF6RevokeByTheCLI(t *testing.T) {
 				cuts++
 			}
 		}
-		if cuts < 2 {
-			return fmt.Errorf("%d records of revoked connections, want 2: %+v", cuts, p.Flows())
+		if cuts < 3 {
+			return fmt.Errorf("%d records of revoked connections, want 3: %+v", cuts, p.Flows())
 		}
 		return nil
 	})
