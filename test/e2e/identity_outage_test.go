@@ -74,7 +74,7 @@ func TestF6SavedListOutlivesKill(t *testing.T) {
 // Health and status say so long before the intermediate ends; given the folder
 // back, it rotates, and no request has failed.
 func TestHealthWhereNothingRotates(t *testing.T) {
-	const life, svid = 48 * time.Second, 8 * time.Second
+	const life, svid = 30 * time.Second, 5 * time.Second
 	config := filepath.Join(t.TempDir(), "controlplane.yaml")
 	realmesh.WriteFile(t, config, fmt.Sprintf("ca: {rootTTL: 1h, intermediateTTL: %v, svidTTL: %v}\n", life, svid))
 	p := newPair(t, realmesh.New(t, pairFiles(), "-config", config))

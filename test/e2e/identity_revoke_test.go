@@ -156,7 +156,7 @@ func TestF6RevokeByTheCLI(t *testing.T) {
 	connected := func(want float64) func() error {
 		return func() error {
 			if n, err := metric(p.Metrics, "sallyport_controlplane_sidecars"); err != nil || n != want {
-				return fmt.Errorf("%v sidecars connected, %w", n, err)
+				return fmt.Errorf("%v sidecars connected, %v", n, err)
 			}
 			return nil
 		}
@@ -231,7 +231,7 @@ func TestF6NeighbourPassesTheListOn(t *testing.T) {
 	relay.cut()
 	realmesh.Eventually(t, "b to be alone", func() error {
 		if n, err := metric(m.Metrics, "sallyport_controlplane_sidecars"); err != nil || n != 2 {
-			return fmt.Errorf("%v sidecars connected, %w", n, err)
+			return fmt.Errorf("%v sidecars connected, %v", n, err)
 		}
 		return nil
 	})
