@@ -50,8 +50,11 @@ func TestExplainForeign(t *testing.T) {
 		return resp.GetExplanations()[0], nil
 	}
 	for from, want := range map[string]string{"client": "allow", "server": "deny"} {
-		e, err := ask(from, "spiffe://partner.example/payments")
-		require.NoError(t, err)
+		var e *sallyportv1.Explanation
+		meshtest.Eventually(t, "the documents in force", func() (err error) {
+			e, err = ask(from, "spiffe://partner.example/payments")
+			return err
+		})
 		if e.GetVerdict() != want || e.GetPort() != "http" || !strings.Contains(e.GetNote(), "partner.example decides for itself") {
 			t.Errorf("from %s: got %v, want %s", from, e, want)
 		}
@@ -82,6 +85,10 @@ func TestExplainATemplate(t *testing.T) {
 	f := files()
 	f["cluster.yaml"] = "apiVersion: sallyport.dev/v1\nkind: Workload\nmetadata: {name: cluster}\nspec:\n  id: /ns/{namespace}/sa/{serviceAccount}\n  attest: [{kind: kubernetes}]\n"
 	m := meshtest.New(t, meshtest.Config{Files: f})
+	meshtest.Eventually(t, "the documents in force", func() error {
+		_, err := m.Admin.Explain(t.Context(), &sallyportv1.ExplainRequest{From: "client", To: "server"})
+		return err
+	})
 	for _, req := range []*sallyportv1.ExplainRequest{{From: "cluster", To: "server"}, {From: "client", To: "cluster"}} {
 		_, err := m.Admin.Explain(t.Context(), req)
 		if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "cluster is a template (/ns/{namespace}/sa/{serviceAccount}): name one of its IDs") {
