@@ -296,7 +296,9 @@ func TestFetchLimits(t *testing.T) {
 	t.Run("never ends", func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 		defer cancel()
-		e.answer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }))
+		release := make(chan struct{})
+		defer close(release) // not with the request, whose end the server may see first
+		e.answer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { <-release }))
 		f := &fetcher{trust: i.bundle(), now: time.Now}
 		_, err := f.fetch(ctx, spiffePeer(e, i.bundle()))
 		wantError(t, err, "deadline")
