@@ -271,6 +271,17 @@ func TestB4_1_1_Sequence(t *testing.T) {
 		}
 		return b
 	}
+	other := func(seq uint64) *spiffebundle.Bundle {
+		with(0, 2)
+		b := spiffebundle.FromX509Authorities(partner, i.roots[1:2])
+		b.SetSequenceNumber(seq)
+		return b
+	}
+	withJWT := func(seq int) *spiffebundle.Bundle {
+		b := with(seq, 1)
+		require.NoError(t, b.AddJWTAuthority("k", newKey(t).Public()))
+		return b
+	}
 	for _, tt := range []struct {
 		name      string
 		held, got *spiffebundle.Bundle
@@ -284,6 +295,9 @@ func TestB4_1_1_Sequence(t *testing.T) {
 		{"older", with(5, 1), with(4, 2), false, "behind"},
 		{"older, same keys", with(5, 1), with(4, 1), false, "behind"},
 		{"same number, other keys", with(5, 1), with(5, 2), false, "without a new"},
+		{"same number, fewer keys", with(5, 2), with(5, 1), false, "without a new"},
+		{"same number, another root", with(5, 1), other(5), false, "without a new"},
+		{"same number, a JWT key more", with(5, 1), withJWT(5), false, "without a new"},
 		{"no numbers", with(-1, 1), with(-1, 2), true, ""},
 		{"number from now on", with(-1, 1), with(0, 2), true, ""},
 		{"number no more", with(5, 1), with(-1, 2), true, ""},

@@ -158,6 +158,8 @@ func TestX509PopRefuses(t *testing.T) {
 	other := newPKI(t)
 	weak, err := rsa.GenerateKey(rand.Reader, 1024)
 	require.NoError(t, err)
+	p224, err := ecdsa.GenerateKey(elliptic.P224(), rand.Reader)
+	require.NoError(t, err)
 	resign := func(change func(*x509.Certificate)) func(*testing.T, *pki, *show) {
 		return func(t *testing.T, p *pki, s *show) {
 			leaf := p.leaf()
@@ -199,6 +201,7 @@ func TestX509PopRefuses(t *testing.T) {
 		"expired":         {resign(func(c *x509.Certificate) { c.NotAfter = c.NotBefore.Add(time.Minute) }), "is valid from"},
 		"not yet valid":   {resign(func(c *x509.Certificate) { c.NotBefore = c.NotAfter.Add(-time.Minute) }), "is valid from"},
 		"weak RSA":        {func(t *testing.T, p *pki, s *show) { s.chain[0] = p.sign(t, p.leaf(), p.between, weak.Public(), p.key) }, "1024 bits"},
+		"P-224":           {func(t *testing.T, p *pki, s *show) { s.chain[0] = p.sign(t, p.leaf(), p.between, p224.Public(), p.key) }, "P-224"},
 		"a large unknown": {func(_ *testing.T, _ *pki, s *show) { s.chain[0].Raw = make([]byte, MaxCertificate+1) }, "certificate of 16385 bytes"},
 		"noise":           {func(_ *testing.T, _ *pki, s *show) { s.chain[0].Raw = []byte("noise") }, "parsing certificate 1"},
 	} {
