@@ -104,7 +104,14 @@ func race(arg string) error {
 		return err
 	}
 	ended := make(chan error, 1)
-	go func() { ended <- errors.Join(perl.Wait(), l.Close()) }()
+	go func() {
+		err := perl.Wait()
+		if err != nil {
+			_ = l.Close() // nobody comes any more; else some may still wait to be accepted
+		}
+		ended <- err
+	}()
+	defer l.Close()
 	defer func() { _ = perl.Process.Kill() }() // it has ended, or this has failed
 	r := racer{n: n}
 	for k := range n {
