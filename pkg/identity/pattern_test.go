@@ -25,6 +25,8 @@ func TestPatternMatch(t *testing.T) {
 		{"spiffe://td/*", "spiffe://td", false},
 		{"spiffe://td/*", "spiffe://tdx/a", false},
 		{"spiffe://td/*", "spiffe://t/a", false},
+		{"spiffe://td/*", "spiffe://te/a", false}, // C7: another trust domain of the same length
+		{"spiffe://td/**", "spiffe://te/a/b", false},
 		{"spiffe://td/*/b", "spiffe://td/a/b", true},
 		{"spiffe://td/*/b", "spiffe://td/a/c", false},
 		{"spiffe://td/*/b", "spiffe://td/a", false},
