@@ -8,8 +8,6 @@ import (
 	"testing"
 	"time"
 
-	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/service/accesslog/v3"
-	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/federation"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -97,21 +95,14 @@ func TestD8_ForeignSVID(t *testing.T) {
 		identity.TLSConfig{Source: &source, NextProtos: []string{"h2"}}, identity.ExactPattern(spiffeid.RequireFromPath(ours, identity.ControlPlanePath))))))
 	require.NoError(t, err)
 	defer conn.Close()
-	for _, service := range []grpc.ServiceDesc{
-		sallyportv1.Enrollment_ServiceDesc, sallyportv1.Announcer_ServiceDesc,
-		discoveryv3.AggregatedDiscoveryService_ServiceDesc, accesslogv3.AccessLogService_ServiceDesc,
-	} {
-		for _, rpc := range service.Methods {
-			err := conn.Invoke(t.Context(), "/"+service.ServiceName+"/"+rpc.MethodName, &emptypb.Empty{}, &emptypb.Empty{})
-			wantShut(t, service.ServiceName+"/"+rpc.MethodName, err)
+	network, _ := controlplane.RPCs(t)
+	for _, method := range network {
+		s, err := conn.NewStream(t.Context(), &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}, method)
+		if err == nil {
+			_ = s.SendMsg(&emptypb.Empty{})
+			err = s.RecvMsg(&emptypb.Empty{})
 		}
-		for _, rpc := range service.Streams {
-			s, err := conn.NewStream(t.Context(), &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}, "/"+service.ServiceName+"/"+rpc.StreamName)
-			if err == nil {
-				err = s.RecvMsg(&emptypb.Empty{})
-			}
-			wantShut(t, service.ServiceName+"/"+rpc.StreamName, err)
-		}
+		wantShut(t, method, err)
 	}
 }
 

@@ -17,7 +17,6 @@ import (
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
-	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/service/accesslog/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc"
@@ -166,18 +165,7 @@ func TestD8EveryRPCOfTheNetworkPort(t *testing.T) {
 		}
 		return status.Code(err)
 	}
-	var methods []string
-	for _, d := range []grpc.ServiceDesc{
-		sallyportv1.Enrollment_ServiceDesc, sallyportv1.Announcer_ServiceDesc,
-		discoveryv3.AggregatedDiscoveryService_ServiceDesc, accesslogv3.AccessLogService_ServiceDesc,
-	} {
-		for _, rpc := range d.Methods {
-			methods = append(methods, "/"+d.ServiceName+"/"+rpc.MethodName)
-		}
-		for _, rpc := range d.Streams {
-			methods = append(methods, "/"+d.ServiceName+"/"+rpc.StreamName)
-		}
-	}
+	methods, _ := controlplane.RPCs(t)
 	want := func(who string, conn *grpc.ClientConn, refused codes.Code) {
 		for _, method := range methods {
 			if method != sallyportv1.Enrollment_Enroll_FullMethodName || refused == codes.Unavailable {
@@ -201,8 +189,11 @@ func TestD8EveryRPCOfTheNetworkPort(t *testing.T) {
 func TestD8TheOperatorsRPCsAreNotOnTheNetworkPort(t *testing.T) {
 	m := meshtest.New(t, meshtest.Config{Files: files()})
 	conn := m.Dial(m.Agent("client"))
-	for _, rpc := range sallyportv1.Admin_ServiceDesc.Methods {
-		method := "/" + sallyportv1.Admin_ServiceDesc.ServiceName + "/" + rpc.MethodName
+	_, operator := controlplane.RPCs(t)
+	if len(operator) < 10 {
+		t.Errorf("the operator has %v only", operator)
+	}
+	for _, method := range operator {
 		if err := conn.Invoke(t.Context(), method, &emptypb.Empty{}, &emptypb.Empty{}); status.Code(err) != codes.Unimplemented {
 			t.Errorf("%s by a workload: got %v, want Unimplemented", method, err)
 		}
