@@ -24,7 +24,8 @@ type prepared struct {
 	secrets  map[string]*Resource // :: name → wire form of a bundle, or of a part
 	slices   *sliceCache
 
-	revocations *Resource // nil: there is no list
+	instances   []spiffeid.ID // of templates, those that have endpoints, ascending
+	revocations *Resource     // nil: there is no list
 }
 
 type serviceForm struct {
@@ -75,6 +76,7 @@ func prepare(snap *Snapshot, old *prepared, log hclog.Logger) *prepared {
 			p.secrets[r.Name] = r
 		}
 	}
+	p.instances = snap.instances()
 	var err error
 	if p.revocations, err = formOfRevocations(snap.Revocations, old.revocations); err != nil {
 		log.Error("revocation list kept in its last good form", "error", err)
@@ -130,7 +132,7 @@ type nodeSlice struct {
 	err       error                // set by fill, as are the fields below
 	domain    spiffeid.TrustDomain // the node's
 	resources map[string][]*Resource
-	reach     []string                // SPIFFE IDs that the node may reach, ascending
+	reach     reach                   // what the node may reach
 	foreign   map[string]*serviceForm // :: SPIFFE ID → what is offered of a foreign destination
 }
 
@@ -172,12 +174,12 @@ func (n *nodeSlice) fill(id spiffeid.ID, rules *policy.Ruleset, services map[spi
 		w, _ := rules.Workload(id)
 		own.maxStale = w.MaxStale
 		for _, r := range rules.Reach(id) {
-			n.reach = append(n.reach, r.String())
+			n.reach.add(r)
 			if r.TrustDomain() != n.domain {
 				n.err = errors.Join(n.err, n.offer(id, rules, services[r]))
 			}
 		}
-		slices.Sort(n.reach)
+		n.reach.of(id, rules)
 	}
 	if n.err != nil {
 		return

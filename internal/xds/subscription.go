@@ -87,7 +87,7 @@ func (v nodeView) find(typeURL, name string) *Resource {
 func (v nodeView) everything(typeURL string) []string {
 	switch typeURL {
 	case ClusterType, EndpointType:
-		return v.slice.reach
+		return v.slice.reach.names(v.p.instances)
 	case SecretType:
 		return sortedKeys(v.p.secrets)
 	case RevocationType:
