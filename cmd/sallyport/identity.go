@@ -96,13 +96,13 @@ is good and proves exactly one workload.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			read := c.process
 			if !cmd.Flags().Changed("pid") {
-				read = func(req *sallyportv1.ExplainIdentityRequest, _ int) error {
+				read = func(_ context.Context, req *sallyportv1.ExplainIdentityRequest, _ int) error {
 					return c.evidence(req, file, cmd.InOrStdin())
 				}
 			} else if file != "" {
 				return errors.New("--pid and --evidence exclude each other")
 			}
-			if err := read(req, pid); err != nil {
+			if err := read(cmd.Context(), req, pid); err != nil {
 				return err
 			}
 			return c.explainIdentity(cmd.Context(), req)
@@ -133,11 +133,11 @@ func (c *cli) explainIdentity(ctx context.Context, req *sallyportv1.ExplainIdent
 }
 
 // process looks at a process as an agent would, and says what it could not read.
-func (c *cli) process(req *sallyportv1.ExplainIdentityRequest, pid int) error {
+func (c *cli) process(ctx context.Context, req *sallyportv1.ExplainIdentityRequest, pid int) error {
 	if req.GetKind() != "" && req.GetKind() != attest.KindUnix {
 		return fmt.Errorf("--kind %s: a process is evidence of kind %s", req.GetKind(), attest.KindUnix)
 	}
-	p, err := new(peercred.Inspector).PID(pid)
+	p, err := new(peercred.Inspector).PID(ctx, pid)
 	if err != nil {
 		return err
 	}

@@ -16,6 +16,7 @@ import (
 
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/agent/endpoint"
+	"github.com/sallyport-mesh/sallyport/internal/peercred"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
@@ -135,6 +136,9 @@ func (w *Wallet) lease(ctx context.Context, c endpoint.Caller) (*lease, error) {
 		return w.take(ctx, nil, c.UID)
 	}
 	evidence, err := w.cfg.Find(ctx, c)
+	if errors.Is(err, peercred.ErrBusy) {
+		return nil, fmt.Errorf("looking at process %d: %w; try again", c.PID, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: looking at process %d: %w", endpoint.ErrDenied, c.PID, err)
 	}

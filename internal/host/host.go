@@ -161,8 +161,8 @@ func (h *Host) AdminAddr() net.Addr {
 }
 
 // evidenceOf is what is known of a caller.
-func evidenceOf(_ context.Context, c endpoint.Caller) (agent.Evidence, error) {
-	p, err := c.Process()
+func evidenceOf(ctx context.Context, c endpoint.Caller) (agent.Evidence, error) {
+	p, err := c.Process(ctx)
 	if err != nil {
 		return nil, err
 	}

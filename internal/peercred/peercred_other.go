@@ -3,6 +3,7 @@
 package peercred
 
 import (
+	"context"
 	"errors"
 	"net"
 	"net/netip"
@@ -26,7 +27,7 @@ func (handle) Alive() error { return errUnsupported }
 func (*handle) Close() {}
 
 // Conn always fails on this system.
-func (*Inspector) Conn(*net.UnixConn) (*Process, error) { return nil, errUnsupported }
+func (*Inspector) Conn(context.Context, *net.UnixConn) (*Process, error) { return nil, errUnsupported }
 
 // PID always fails on this system.
-func (*Inspector) PID(int) (*Process, error) { return nil, errUnsupported }
+func (*Inspector) PID(context.Context, int) (*Process, error) { return nil, errUnsupported }

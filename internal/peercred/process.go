@@ -17,6 +17,11 @@ var ErrGone = errors.New("the process has ended")
 // connected. It may connect again.
 var ErrChanged = errors.New("the process has changed its user or group since it connected")
 
+// ErrBusy says that a process's executable could not be looked at in time: it is
+// large, its file system hangs, or too many of the same user's are looked at
+// already. It is worth another try.
+var ErrBusy = errors.New("looking at executables takes too long")
+
 // Process is one process, looked up once and pinned: what it says is true of the
 // very process that connected, even if its number is given to another meanwhile.
 // It is what the process was at that moment; a process may change its executable
@@ -39,12 +44,22 @@ type Process struct {
 
 // Inspector looks up processes. It remembers the hashes of executables. The zero
 // value is ready; its methods may be called at the same time.
+//
+// A user who has programs hashed that are large, or that lie where reading hangs,
+// delays his own programs: four of a user's are looked at at a time, each for 10 s.
+// What hangs in the kernel keeps its turn until the kernel returns.
 type Inspector struct {
-	mu     sync.Mutex
-	hashes map[fileKey]string // guarded by mu :: file → SHA-256
+	mu      sync.Mutex
+	hashes  map[fileKey]string // guarded by mu :: file → SHA-256
+	turns   map[uint32]*turns  // guarded by mu :: uid → turns; of users who have or await one
+	looking int                // guarded by mu; turns that are taken, over all users
 }
 
-// fileKey names the content of a file: a file that was written to is another one.
+// fileKey names the content of a file: a file that was written to is another one,
+// since the kernel then sets ctime, and nobody can set it back. That holds where the
+// kernel keeps the times: not on a file system that a program serves, which is never
+// hashed; not where a user brings the image with times and all, which is mounted
+// nosuid and never remembered.
 type fileKey struct {
 	dev, ino     uint64
 	size         int64
@@ -55,6 +70,11 @@ const (
 	maxHashes = 1024      // remembered at once
 	maxExe    = 512 << 20 // bytes of an executable that is hashed
 	maxProc   = 64 << 10  // bytes of a file below /proc
+
+	maxTurns      = 4   // executables of one user that are looked at at a time
+	maxLooking    = 256 // the same, of all users: each may hold a thread
+	lookLimit     = 10 * time.Second
+	betweenChecks = 1 << 20 // bytes that are hashed before the deadline is looked at
 
 	// settled is how long a file must not have changed before its hash is
 	// remembered; longer than a step of any file system's clock.

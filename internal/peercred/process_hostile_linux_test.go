@@ -1,6 +1,7 @@
 package peercred
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -41,7 +42,7 @@ func TestD6ConnOfChangedUser(t *testing.T) {
 		return err == nil && strings.Contains(string(status), "Uid:\t65534\t65534")
 	}, 10e9, 1e6)
 	var i Inspector
-	if p, err := i.Conn(c); !errors.Is(err, ErrChanged) {
+	if p, err := i.Conn(t.Context(), c); !errors.Is(err, ErrChanged) {
 		t.Errorf("got %+v, %v", p, err)
 	}
 }
@@ -65,7 +66,7 @@ func lookUpSelf() error {
 		return err
 	}
 	var i Inspector
-	p, err := i.PID(os.Getpid())
+	p, err := i.PID(context.Background(), os.Getpid())
 	if err != nil {
 		return err
 	}
@@ -79,7 +80,7 @@ func lookUpSelf() error {
 func TestPIDRefusesNonsense(t *testing.T) {
 	var i Inspector
 	for _, pid := range []int{0, -1} {
-		if p, err := i.PID(pid); err == nil || errors.Is(err, ErrGone) {
+		if p, err := i.PID(t.Context(), pid); err == nil || errors.Is(err, ErrGone) {
 			t.Errorf("%d: got %+v, %v", pid, p, err)
 		}
 	}
@@ -91,7 +92,7 @@ func TestFreshExecutable(t *testing.T) {
 	c, _, stop := start(t, "connect", nil) // from a new copy of the test binary
 	defer stop()
 	var i Inspector
-	p, err := i.Conn(c)
+	p, err := i.Conn(t.Context(), c)
 	require.NoError(t, err)
 	p.Close()
 	if p.SHA256 == "" || len(i.hashes) != 0 {
@@ -101,7 +102,7 @@ func TestFreshExecutable(t *testing.T) {
 	in, err := cat.StdinPipe()
 	require.NoError(t, err)
 	require.NoError(t, cat.Start())
-	old, err := i.PID(cat.Process.Pid)
+	old, err := i.PID(t.Context(), cat.Process.Pid)
 	require.NoError(t, err)
 	old.Close()
 	in.Close()

@@ -1,6 +1,7 @@
 package peercred
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -25,7 +26,10 @@ type handle struct {
 // process that connected or not said at all. It fails with [ErrGone] if that
 // process has ended, with [ErrChanged] if it has another user by now. The caller
 // closes the Process.
-func (i *Inspector) Conn(c *net.UnixConn) (*Process, error) {
+//
+// Looking at the executable may take long: it ends with [ErrBusy] when ctx does,
+// after 10 s at the latest.
+func (i *Inspector) Conn(ctx context.Context, c *net.UnixConn) (*Process, error) {
 	cred, err := Unix(c)
 	if err != nil {
 		return nil, err
@@ -37,7 +41,7 @@ func (i *Inspector) Conn(c *net.UnixConn) (*Process, error) {
 	if err != nil {
 		return nil, fmt.Errorf("looking up process %d: %w", cred.PID, err)
 	}
-	p, err := i.process(int(cred.PID), pidfd)
+	p, err := i.process(ctx, int(cred.PID), pidfd)
 	if err != nil {
 		return nil, err
 	}
@@ -51,8 +55,9 @@ func (i *Inspector) Conn(c *net.UnixConn) (*Process, error) {
 	return p, nil
 }
 
-// PID looks up a process by its number. Nothing is known about who asked for it.
-func (i *Inspector) PID(pid int) (*Process, error) {
+// PID looks up a process by its number, as Conn does. Nothing is known about who
+// asked for it.
+func (i *Inspector) PID(ctx context.Context, pid int) (*Process, error) {
 	if pid <= 0 {
 		return nil, fmt.Errorf("looking up process %d: not a process number", pid)
 	}
@@ -60,7 +65,7 @@ func (i *Inspector) PID(pid int) (*Process, error) {
 	if err != nil {
 		return nil, fmt.Errorf("looking up process %d: %w", pid, gone(err))
 	}
-	p, err := i.process(pid, pidfd)
+	p, err := i.process(ctx, pid, pidfd)
 	if err != nil {
 		return nil, err
 	}
@@ -91,16 +96,16 @@ func gone(err error) error {
 }
 
 // process takes over pidfd.
-func (i *Inspector) process(pid, pidfd int) (*Process, error) {
+func (i *Inspector) process(ctx context.Context, pid, pidfd int) (*Process, error) {
 	p := &Process{PID: int32(pid), handle: handle{pidfd: pidfd, dir: -1}}
-	if err := i.read(p); err != nil {
+	if err := i.read(ctx, p); err != nil {
 		p.Close()
 		return nil, fmt.Errorf("looking up process %d: %w", pid, err)
 	}
 	return p, nil
 }
 
-func (i *Inspector) read(p *Process) error {
+func (i *Inspector) read(ctx context.Context, p *Process) error {
 	if err := p.open(); err != nil {
 		return err
 	}
@@ -124,9 +129,8 @@ func (i *Inspector) read(p *Process) error {
 			p.miss("unit or container", errors.New(odd))
 		}
 	}
-	if err := i.executable(p); err != nil {
-		p.Path, p.SHA256 = "", ""
-		p.miss("path and sha256", err)
+	if err := i.executable(ctx, p); err != nil {
+		return err
 	}
 	return p.Alive()
 }

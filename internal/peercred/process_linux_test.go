@@ -34,15 +34,20 @@ func playRole(role string) int {
 		err = connectAndSetuid(arg)
 	case "outerproc":
 		err = lookUpSelf()
-	case "race", "shared":
+	case "race", "shared", "fuse", "nosuid":
 		if err = mountProc(); err != nil {
 			fmt.Fprintln(os.Stderr, "mounting /proc:", err)
 			return exitNoProc
 		}
-		if name == "race" {
+		switch name {
+		case "race":
 			err = race(arg)
-		} else {
+		case "shared":
 			err = shared(arg)
+		case "fuse":
+			err = served()
+		case "nosuid":
+			err = nosuid()
 		}
 	}
 	if err != nil {
@@ -112,7 +117,7 @@ func start(t *testing.T, role string, attr *syscall.SysProcAttr) (c *net.UnixCon
 func TestConnDescribesTheProcess(t *testing.T) {
 	c, pid, stop := start(t, "connect", nil)
 	var i Inspector
-	p, err := i.Conn(c)
+	p, err := i.Conn(t.Context(), c)
 	require.NoError(t, err)
 	defer p.Close()
 	if int(p.PID) != pid || p.UID != own() || p.GID != uint32(os.Getegid()) {
@@ -126,7 +131,7 @@ func TestConnDescribesTheProcess(t *testing.T) {
 	if p.Cgroup == "" || len(p.Missing) > 0 {
 		t.Errorf("cgroup %q, missing %v", p.Cgroup, p.Missing)
 	}
-	again, err := i.PID(pid)
+	again, err := i.PID(t.Context(), pid)
 	require.NoError(t, err)
 	defer again.Close()
 	if again.Path != p.Path || again.SHA256 != p.SHA256 || again.UID != p.UID || !slices.Equal(again.Groups, p.Groups) {
@@ -137,10 +142,10 @@ func TestConnDescribesTheProcess(t *testing.T) {
 	if err := p.Alive(); !errors.Is(err, ErrGone) {
 		t.Errorf("after its end: %v", err)
 	}
-	if _, err := i.Conn(c); !errors.Is(err, ErrGone) {
+	if _, err := i.Conn(t.Context(), c); !errors.Is(err, ErrGone) {
 		t.Errorf("looked up after its end: %v", err)
 	}
-	if _, err := i.PID(pid); !errors.Is(err, ErrGone) {
+	if _, err := i.PID(t.Context(), pid); !errors.Is(err, ErrGone) {
 		t.Errorf("by number, after its end: %v", err)
 	}
 }
@@ -154,7 +159,7 @@ func TestD6ConnOfAnotherUser(t *testing.T) {
 	c, _, stop := start(t, "connect", &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65533, Groups: []uint32{4242}}})
 	defer stop()
 	var i Inspector
-	p, err := i.Conn(c)
+	p, err := i.Conn(t.Context(), c)
 	require.NoError(t, err)
 	defer p.Close()
 	if p.UID != 65534 || p.GID != 65533 || !slices.Equal(p.Groups, []uint32{4242}) || p.User != "nobody" || p.SHA256 == "" {
@@ -175,7 +180,7 @@ func TestWithoutPrivilege(t *testing.T) {
 		return
 	}
 	var i Inspector
-	p, err := i.PID(1)
+	p, err := i.PID(t.Context(), 1)
 	require.NoError(t, err)
 	defer p.Close()
 	if p.UID != 0 || p.Path != "" || p.SHA256 != "" || len(p.Missing) != 1 || !strings.Contains(p.Missing[0], "CAP_SYS_PTRACE") {
@@ -192,7 +197,7 @@ func TestConnAfterExec(t *testing.T) {
 		return err == nil && filepath.Base(link) != "bin"
 	}, 10e9, 1e6)
 	var i Inspector
-	p, err := i.Conn(c)
+	p, err := i.Conn(t.Context(), c)
 	require.NoError(t, err)
 	defer p.Close()
 	if base := filepath.Base(p.Path); base != "cat" && base != "busybox" && base != "coreutils" {
@@ -209,12 +214,12 @@ func TestReplacedExecutable(t *testing.T) {
 	c, _, stop := start(t, "connect", nil)
 	defer stop()
 	var i Inspector
-	before, err := i.Conn(c)
+	before, err := i.Conn(t.Context(), c)
 	require.NoError(t, err)
 	before.Close()
 	require.NoError(t, os.Remove(before.Path))
 	require.NoError(t, os.WriteFile(before.Path, []byte("another"), 0o755))
-	p, err := i.Conn(c)
+	p, err := i.Conn(t.Context(), c)
 	require.NoError(t, err)
 	p.Close()
 	if p.Path != "" || p.SHA256 != before.SHA256 || len(p.Missing) != 1 || !strings.Contains(p.Missing[0], "replaced") {

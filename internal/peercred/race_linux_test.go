@@ -1,6 +1,7 @@
 package peercred
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -139,7 +140,7 @@ type racer struct {
 
 // accepted looks up connection k, and the one that came lag earlier.
 func (r *racer) accepted(k int, c *net.UnixConn) error {
-	p, err := r.inspect.Conn(c)
+	p, err := r.inspect.Conn(context.Background(), c)
 	switch {
 	case err == nil:
 		r.early++
@@ -168,7 +169,7 @@ func (r *racer) accepted(k int, c *net.UnixConn) error {
 	old := r.recent[0]
 	r.recent = r.recent[1:]
 	defer old.Close()
-	if p, err := r.inspect.Conn(old); !errors.Is(err, ErrGone) {
+	if p, err := r.inspect.Conn(context.Background(), old); !errors.Is(err, ErrGone) {
 		return fmt.Errorf("wrong answer: connection %d of a process that is gone: %+v, %v", k-lag, p, err)
 	}
 	r.late++

@@ -2,6 +2,7 @@ package peercred
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -81,7 +82,7 @@ func shared(arg string) error {
 			return err
 		}
 		c := conn.(*net.UnixConn)
-		if p, err := i.Conn(c); err == nil {
+		if p, err := i.Conn(context.Background(), c); err == nil {
 			early++
 			name, _ := p.file("comm")
 			p.Close()
@@ -96,7 +97,7 @@ func shared(arg string) error {
 		if pid == victim {
 			reused++
 		}
-		if p, err := i.Conn(c); !errors.Is(err, ErrGone) {
+		if p, err := i.Conn(context.Background(), c); !errors.Is(err, ErrGone) {
 			return fmt.Errorf("connection %d: got %+v, %v", k, p, err)
 		}
 		if number, err := strconv.Atoi(pid); err != nil {

@@ -59,7 +59,7 @@ func (l *listener) Accept() (net.Conn, error) {
 
 // admitted makes the connection of a caller who was let in.
 func (l *listener) admitted(c *net.UnixConn, cred peercred.Cred) *conn {
-	p := &pinned{look: func() (*peercred.Process, error) { return l.inspector.Conn(c) }}
+	p := &pinned{look: func(ctx context.Context) (*peercred.Process, error) { return l.inspector.Conn(ctx, c) }}
 	return &conn{UnixConn: c, caller: Caller{cred, p}, leave: sync.OnceFunc(func() {
 		p.close()
 		l.leave(cred)
@@ -70,7 +70,7 @@ func (l *listener) admitted(c *net.UnixConn, cred peercred.Cred) *conn {
 // its executable is hashed: it waits until somebody needs it, and who else needs it
 // on this connection waits too.
 type pinned struct {
-	look func() (*peercred.Process, error)
+	look func(context.Context) (*peercred.Process, error)
 
 	mu      sync.Mutex
 	looked  bool              // guarded by mu
@@ -79,15 +79,15 @@ type pinned struct {
 	err     error             // guarded by mu
 }
 
-func (p *pinned) get() (*peercred.Process, error) {
+func (p *pinned) get(ctx context.Context) (*peercred.Process, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
 		return nil, net.ErrClosed
 	}
 	if !p.looked {
-		p.looked = true
-		p.process, p.err = p.look()
+		p.process, p.err = p.look(ctx)
+		p.looked = !errors.Is(p.err, peercred.ErrBusy)
 	}
 	if p.err != nil {
 		return nil, p.err

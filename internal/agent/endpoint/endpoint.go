@@ -56,8 +56,9 @@ type Caller struct {
 
 // Process looks the caller up, once for each connection, and afterwards only makes
 // sure that it is still there: what is found out of it never becomes another
-// process's. The Process belongs to the connection.
-func (c Caller) Process() (*peercred.Process, error) { return c.pinned.get() }
+// process's. The Process belongs to the connection. After [peercred.ErrBusy] it may
+// be asked for again.
+func (c Caller) Process(ctx context.Context) (*peercred.Process, error) { return c.pinned.get(ctx) }
 
 // Errors of a [Holder] that callers are told by a status code of their own. All
 // others are Unavailable, which clients take as an invitation to try again.

@@ -3,6 +3,7 @@ package endpoint
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -54,9 +55,9 @@ func TestD6CallerIsPinned(t *testing.T) {
 	o.server.holder = holder
 	go func() { _ = everyCall(o.raw(me()))["FetchX509SVID"](called(t)) }()
 	c := <-callers
-	one, err := c.Process()
+	one, err := c.Process(t.Context())
 	require.NoError(t, err)
-	two, err := c.Process()
+	two, err := c.Process(t.Context())
 	require.NoError(t, err)
 	if one != two || one.PID != int32(os.Getpid()) {
 		t.Errorf("looked up twice, or another: %d, this is %d", one.PID, os.Getpid())
@@ -93,18 +94,43 @@ func TestD6EndedProcess(t *testing.T) {
 	cred, err := peercred.Unix(raw)
 	require.NoError(t, err)
 	c := newListener(l, hclog.NewNullLogger()).admitted(raw, cred)
-	p, err := c.caller.Process()
+	p, err := c.caller.Process(t.Context())
 	require.NoError(t, err)
 	if p.PID != int32(cmd.Process.Pid) {
 		t.Errorf("got %d, want %d", p.PID, cmd.Process.Pid)
 	}
 	require.NoError(t, stdin.Close())
 	_ = cmd.Wait() // it ends with code 0, or the test fails below
-	if _, err := c.caller.Process(); !errors.Is(err, peercred.ErrGone) {
+	if _, err := c.caller.Process(t.Context()); !errors.Is(err, peercred.ErrGone) {
 		t.Errorf("after its end: got %v", err)
 	}
 	require.NoError(t, c.Close())
-	if _, err := c.caller.Process(); !errors.Is(err, net.ErrClosed) {
+	if _, err := c.caller.Process(t.Context()); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("after the connection's end: got %v", err)
+	}
+}
+
+// A lookup that took too long is made again when it is asked for again; any other
+// answer stays.
+func TestLookupIsMadeAgainAfterBusy(t *testing.T) {
+	var inspector peercred.Inspector
+	looks := 0
+	p := &pinned{look: func(ctx context.Context) (*peercred.Process, error) {
+		if looks++; looks == 1 {
+			return nil, fmt.Errorf("looking up: %w", peercred.ErrBusy)
+		}
+		return inspector.PID(ctx, os.Getpid())
+	}}
+	defer p.close()
+	if _, err := p.get(t.Context()); !errors.Is(err, peercred.ErrBusy) {
+		t.Errorf("first: got %v", err)
+	}
+	for range 2 {
+		if got, err := p.get(t.Context()); err != nil || got.PID != int32(os.Getpid()) {
+			t.Errorf("again: got %+v, %v", got, err)
+		}
+	}
+	if looks != 2 {
+		t.Errorf("looked %d times, want 2", looks)
 	}
 }

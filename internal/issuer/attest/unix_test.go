@@ -14,7 +14,7 @@ import (
 
 func TestProcessSelectors(t *testing.T) {
 	var i peercred.Inspector
-	p, err := i.PID(os.Getpid())
+	p, err := i.PID(t.Context(), os.Getpid())
 	require.NoError(t, err)
 	defer p.Close()
 	s := ProcessSelectors(p)
