@@ -61,11 +61,18 @@ type controlPlane struct {
 	issues   atomic.Int32 // Enroll calls that reached the server
 	fail     atomic.Bool  // answer every Renew with Unavailable
 	busy     atomic.Bool  // answer every Enroll with ResourceExhausted
+	tokens   chan call    // of each IssueJWT; full: no more
+}
+
+// call is one request as the control plane sees it.
+type call struct {
+	from   string // the other end of the connection
+	serial string // of the SVID that opened it
 }
 
 func newControlPlane(t *testing.T, svidTTL time.Duration) *controlPlane {
 	t.Helper()
-	c := &controlPlane{t: t}
+	c := &controlPlane{t: t, tokens: make(chan call, 64)}
 	mem := store.NewMemory()
 	t.Cleanup(func() { mem.Close() })
 	var err error
@@ -98,13 +105,14 @@ func (c *controlPlane) listen(addr string) {
 	cfg := identity.TLSConfig{Source: c.ca.ServerSVID(), Now: c.clock.Now, OptionalClient: true, NextProtos: []string{"h2"}}
 	c.srv = grpc.NewServer(
 		grpc.Creds(credentials.NewTLS(identity.ServerTLS(cfg))),
-		grpc.UnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+		grpc.UnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
 			if c.fail.Load() {
 				return nil, status.Error(codes.Unavailable, "not today")
 			}
 			p, _ := peer.FromContext(ctx)
 			if caller, err := identity.PeerOf(p.AuthInfo.(credentials.TLSInfo).State); err == nil {
 				ctx = identity.ContextWithPeer(ctx, caller)
+				c.note(info.FullMethod, call{p.Addr.String(), caller.Leaf.SerialNumber.String()})
 			}
 			return next(ctx, req)
 		}),
@@ -119,6 +127,16 @@ func (c *controlPlane) listen(addr string) {
 	sallyportv1.RegisterEnrollmentServer(c.srv, c.edge)
 	c.done = make(chan error, 1)
 	go func() { c.done <- c.srv.Serve(lis) }()
+}
+
+func (c *controlPlane) note(method string, from call) {
+	if method != sallyportv1.Enrollment_IssueJWT_FullMethodName {
+		return
+	}
+	select {
+	case c.tokens <- from:
+	default:
+	}
 }
 
 func (c *controlPlane) stop() {

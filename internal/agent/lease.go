@@ -206,7 +206,7 @@ func (l *lease) ask(ctx context.Context, do func(context.Context, sallyportv1.En
 	}
 	ctx, cancel := context.WithTimeout(ctx, attemptTimeout)
 	defer cancel()
-	return a.identified().with(ctx, func(conn *grpc.ClientConn) error {
+	return l.wallet.line.with(ctx, func(conn *grpc.ClientConn) error {
 		return do(ctx, sallyportv1.NewEnrollmentClient(conn))
 	})
 }

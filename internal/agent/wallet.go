@@ -58,6 +58,7 @@ type Wallet struct {
 	agent *Agent
 	log   hclog.Logger
 	slots chan struct{}
+	line  line
 
 	mu     sync.Mutex
 	spawn  func(*lease)      // guarded by mu; nil: not running
@@ -74,7 +75,7 @@ func NewWallet(a *Agent, cfg WalletConfig) *Wallet {
 	}
 	w := &Wallet{
 		cfg: cfg, agent: a, log: cfg.Log, slots: make(chan struct{}, maxAsking),
-		leases: map[string]*lease{}, users: map[uint32]int{},
+		line: line{agent: a}, leases: map[string]*lease{}, users: map[uint32]int{},
 	}
 	a.onDenied(w.deny)
 	return w
@@ -103,6 +104,7 @@ func (w *Wallet) Run(ctx context.Context) error {
 	w.spawn = nil
 	w.mu.Unlock()
 	wg.Wait()
+	w.line.close()
 	return nil
 }
 
@@ -206,6 +208,7 @@ func (w *Wallet) drop(l *lease) bool {
 // app whose issuer is tainted gets another SVID, one that is revoked none, and its
 // streams end. It does not wait.
 func (w *Wallet) RenewIf(refused func(identity.Peer) bool) {
+	w.line.renew() // the control plane at its other end may be refused, too
 	w.mu.Lock()
 	leases := slices.Collect(maps.Values(w.leases))
 	w.mu.Unlock()
