@@ -2,6 +2,7 @@ package policy
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -12,32 +13,66 @@ import (
 // test checks that the workloads and ports of a PolicyTest exist.
 func (c *compiler) test(s *Set, t PolicyTest) {
 	for _, k := range t.Cases {
-		if _, err := refID(c.td, k.From, c.nameToID); err != "" {
+		if _, err := refID(c.td, k.From, c.nameToID); k.From != "" && err != "" {
 			c.errs.add(s.mistake(&c.errs, t.File, k.from, c.suggestWorkload(k.From), err))
 		}
-		id, err := refID(c.td, k.To, c.nameToID)
-		i, known := c.byID[id.String()]
-		if err == "" && !known {
-			if ts := c.matchTemplates(identity.ExactPattern(id)); len(ts) == 1 {
-				i, known = ts[0], true
-			} else if ws := c.matchForeign(identity.ExactPattern(id)); len(ws) == 1 {
-				i, known = ws[0], true
-			}
+		w, p, msg, hint := c.caseTo(k)
+		if msg == "" {
+			_, p, msg, hint = k.ports(w)
 		}
-		switch {
-		case err != "":
-			c.errs.add(s.mistake(&c.errs, t.File, k.to, c.suggestWorkload(k.To), err))
-		case !known:
-			c.errs.add(s.mistake(&c.errs, t.File, k.to, "", fmt.Sprintf("no workload has the ID %s", shorten(k.To))))
-		case k.Port.isZero() && len(c.workloads[i].Ports) == 0:
-			c.errs.add(s.mistake(&c.errs, t.File, k.to, "", fmt.Sprintf("workload %s declares no port: the case would ask nothing", k.To)))
-		case !k.Port.isZero():
-			if _, ok := c.workloads[i].refPort(k.Port); !ok {
-				c.errs.add(s.mistake(&c.errs, t.File, k.Port.pos, "declared: "+portList(c.workloads[i].Ports),
-					fmt.Sprintf("workload %s declares no port %s", k.To, k.Port)))
-			}
+		if msg != "" {
+			c.errs.add(s.mistake(&c.errs, t.File, p, hint, msg))
 		}
 	}
+}
+
+// caseTo finds the destination of a case.
+func (c *compiler) caseTo(k Case) (w CompiledWorkload, p pos, msg, hint string) {
+	id, err := refID(c.td, k.To, c.nameToID)
+	if err != "" {
+		return w, k.to, err, c.suggestWorkload(k.To)
+	}
+	if i, known := c.byID[id.String()]; known {
+		return c.workloads[i], k.to, "", ""
+	}
+	pattern := identity.ExactPattern(id)
+	if _, known := c.abroad[id.String()]; !known && isExternal(id) {
+		return w, k.to, fmt.Sprintf("unknown External %q", shorten(strings.TrimPrefix(k.To, "external:"))), c.suggestExternal(strings.TrimPrefix(k.To, "external:"))
+	}
+	for _, found := range [][]int{c.matchTemplates(pattern), c.matchForeign(pattern), c.selectExternals(pattern)} {
+		if len(found) == 1 {
+			return c.workloads[found[0]], k.to, "", ""
+		}
+	}
+	return w, k.to, fmt.Sprintf("no workload has the ID %s", shorten(k.To)), ""
+}
+
+// ports gives the ports of its destination that a case asks about, or what is
+// wrong with them.
+func (k Case) ports(w CompiledWorkload) (ports []Port, p pos, msg, hint string) {
+	ports = w.Ports
+	if !k.Port.isZero() {
+		port, ok := w.refPort(k.Port)
+		if !ok {
+			return nil, k.Port.pos, fmt.Sprintf("workload %s declares no port %s", k.To, k.Port), "declared: " + portList(w.Ports)
+		}
+		ports = []Port{port}
+	}
+	if len(ports) == 0 {
+		return nil, k.to, fmt.Sprintf("workload %s declares no port: the case would ask nothing", k.To), ""
+	}
+	if k.HTTP == nil {
+		return ports, k.to, "", ""
+	}
+	want := "http"
+	ports = slices.DeleteFunc(slices.Clone(ports), func(p Port) bool { return p.Protocol == TCP || k.grpc && p.Protocol != GRPC })
+	if k.grpc {
+		want = "grpc"
+	}
+	if len(ports) == 0 {
+		return nil, k.http, fmt.Sprintf("workload %s has no such port of protocol %s: nothing there can tell requests", k.To, want), "declared: " + portList(w.Ports)
+	}
+	return ports, k.http, "", ""
 }
 
 func (c *compiler) nameToID(name string) (spiffeid.ID, bool) {
@@ -56,6 +91,8 @@ func refID(td spiffeid.TrustDomain, ref string, byName func(string) (spiffeid.ID
 		id, err = spiffeid.FromPath(td, ref)
 	case strings.HasPrefix(ref, "spiffe://"):
 		id, err = spiffeid.FromString(ref)
+	case strings.HasPrefix(ref, "external:"):
+		id = External{Name: strings.TrimPrefix(ref, "external:")}.ID(td)
 	default:
 		var ok bool
 		if id, ok = byName(ref); !ok {

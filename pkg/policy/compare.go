@@ -75,7 +75,7 @@ func (s side) find(src string, port uint16) verdict {
 	if _, ok := s.workload.Port(port); !ok {
 		return verdict{}
 	}
-	return s.index.find(src, port)
+	return s.index.find(src, port, nil)
 }
 
 // destination compares what is said about one destination, called title.

@@ -30,6 +30,7 @@ func Compile(td spiffeid.TrustDomain, sets []*Set) (*Ruleset, error) {
 	checkDuplicates(sets, &c.errs)
 	c.addDomains()
 	c.addWorkloads()
+	c.addExternals()
 	c.checkEvidence()
 	if len(c.workloads) == 0 && !c.errs.failed() {
 		return nil, Errors{{Msg: ErrNoWorkload.Error(), Hint: "define at least one kind: Workload", err: ErrNoWorkload}}
@@ -37,6 +38,9 @@ func Compile(td spiffeid.TrustDomain, sets []*Set) (*Ruleset, error) {
 	for _, s := range sets {
 		for _, p := range s.Policies {
 			c.policy(s, p)
+		}
+		for _, d := range s.Defaults {
+			c.defaults(s, d)
 		}
 		for _, t := range s.Tests {
 			c.test(s, t)
@@ -47,7 +51,7 @@ func Compile(td spiffeid.TrustDomain, sets []*Set) (*Ruleset, error) {
 		return nil, err
 	}
 	rs := newRuleset(c.rules, c.workloads[:c.exactN:c.exactN], c.workloads[c.exactN:c.realN:c.realN])
-	rs.domains = c.domains
+	rs.domains, rs.externals = c.domains, c.externals
 	return rs, nil
 }
 
@@ -85,6 +89,15 @@ func checkDuplicates(sets []*Set, errs *collector) {
 		for _, d := range s.TrustDomains {
 			check(s, "TrustDomain", d.Name, d.File, pos{d.Line, d.Col})
 		}
+		for _, d := range s.TokenIssuers {
+			check(s, "TokenIssuer", d.Name, d.File, pos{d.Line, d.Col})
+		}
+		for _, d := range s.Externals {
+			check(s, "External", d.Name, d.File, pos{d.Line, d.Col})
+		}
+		for _, d := range s.Defaults {
+			check(s, "Defaults", d.Name, d.File, pos{d.Line, d.Col})
+		}
 		for _, t := range s.Tests {
 			check(s, "PolicyTest", t.Name, t.File, pos{t.Line, t.Col})
 		}
@@ -121,7 +134,8 @@ type compiler struct {
 	realN     int                           // … and from here on templates with some of their IDs
 	narrow    map[string]int                // :: template and pattern → index of workloads
 	domains   []TrustDomain                 // by name
-	abroad    map[string]int                // :: foreign SPIFFE ID → index of workloads
+	externals []External                    // by name
+	abroad    map[string]int                // :: foreign SPIFFE ID, or that of an External → index of workloads
 	from      map[string][]identity.Pattern // :: text of a from list → what it means
 	to        map[string]destinations       // :: text of a to → what it means
 	split     map[string][]group            // :: text of a to and ports → what they mean
@@ -150,6 +164,8 @@ func (c *compiler) addWorkloads() {
 			switch {
 			case len(id.String()) > identity.MaxIDLength:
 				c.errs.add(s.mistake(&c.errs, w.File, w.id, "", fmt.Sprintf("the SPIFFE ID is longer than %d bytes", identity.MaxIDLength)))
+			case isExternal(id):
+				c.errs.add(s.mistake(&c.errs, w.File, w.id, "choose another id", fmt.Sprintf("id %s: what lies below %s is for kind: External", w.ID, externalPrefix)))
 			case identity.Reserved(id):
 				c.errs.add(s.mistake(&c.errs, w.File, w.id, "choose another id", fmt.Sprintf("id %s is reserved for Sallyport itself", w.ID)))
 			case taken:
@@ -208,9 +224,13 @@ func (c *compiler) entry(s *Set, p Policy, to destinations, effect Effect, e Ent
 	if !ok {
 		return
 	}
+	if !c.knownIssuer(s, p, e) {
+		return
+	}
 	rule := Rule{
 		Ref:    RuleRef{Set: s.Name, Policy: p.Name, File: p.File, Line: e.line},
-		Effect: effect, From: from, Reason: e.Reason,
+		Effect: effect, Audit: e.Audit, From: from, Anonymous: e.anonymous(),
+		HTTP: e.HTTP, Since: e.Since, Until: e.Until, Reason: e.Reason,
 	}
 	groups, ok := c.groups(s, p, to, e)
 	if !ok {

@@ -53,12 +53,12 @@ var manyRequests = map[string]struct {
 	want Effect
 	line int
 }{
-	"exact":   {Request{id("/team-2/client-2"), id("/shop/payments"), 8080}, Allow, 3},
-	"pattern": {Request{id("/team-9/batch-9/x"), id("/shop/payments"), 8080}, Allow, 10},
-	"deny":    {Request{id("/team-3/client-3"), id("/shop/payments"), 8080}, Deny, 4},
-	"port":    {Request{id("/team-2/client-2"), id("/shop/payments"), 8081}, Deny, 0},
-	"nobody":  {Request{id("/stranger"), id("/shop/payments"), 8080}, Deny, 0},
-	"nowhere": {Request{id("/team-2/client-2"), id("/shop/other"), 8080}, Deny, 0},
+	"exact":   {Request{Src: id("/team-2/client-2"), Dst: id("/shop/payments"), Port: 8080}, Allow, 3},
+	"pattern": {Request{Src: id("/team-9/batch-9/x"), Dst: id("/shop/payments"), Port: 8080}, Allow, 10},
+	"deny":    {Request{Src: id("/team-3/client-3"), Dst: id("/shop/payments"), Port: 8080}, Deny, 4},
+	"port":    {Request{Src: id("/team-2/client-2"), Dst: id("/shop/payments"), Port: 8081}, Deny, 0},
+	"nobody":  {Request{Src: id("/stranger"), Dst: id("/shop/payments"), Port: 8080}, Deny, 0},
+	"nowhere": {Request{Src: id("/team-2/client-2"), Dst: id("/shop/other"), Port: 8080}, Deny, 0},
 }
 
 func TestDecideDoesNotAllocate(t *testing.T) {
@@ -73,7 +73,7 @@ func TestDecideDoesNotAllocate(t *testing.T) {
 		}
 	}
 	wild := NewRuleset([]Rule{{Effect: Allow, From: []identity.Pattern{pattern("/**")}, To: []identity.Pattern{pattern("/*/**")}}})
-	q := Request{id("/x"), id("/a/b/c"), 1}
+	q := Request{Src: id("/x"), Dst: id("/a/b/c"), Port: 1}
 	if n := testing.AllocsPerRun(100, func() { wild.Decide(q) }); n != 0 {
 		t.Errorf("destination by pattern: got %v allocations, want none", n)
 	}
@@ -146,7 +146,7 @@ func meshRules(workloads, each int) []Rule {
 
 // TestNothingIsDenied covers F1: the zero of everything denies.
 func TestNothingIsDenied(t *testing.T) {
-	q := Request{id("/a"), id("/b"), 80}
+	q := Request{Src: id("/a"), Dst: id("/b"), Port: 80}
 	var none *Ruleset
 	all := []Rule{{Effect: Allow, From: []identity.Pattern{pattern("/**")}, To: []identity.Pattern{pattern("/**")}}}
 	for name, got := range map[string]Decision{
@@ -204,7 +204,7 @@ func TestManyRulesShareTheirSelectors(t *testing.T) {
 	if got := len(rs.targets); got != 1 {
 		t.Errorf("got %d targets, want 1", got)
 	}
-	if got := rs.Decide(Request{id("/w/1"), id("/w/999"), 80}); got.Rule.Line != 1 || got.Effect != Allow {
+	if got := rs.Decide(Request{Src: id("/w/1"), Dst: id("/w/999"), Port: 80}); got.Rule.Line != 1 || got.Effect != Allow {
 		t.Errorf("got %+v, want allow by line 1", got)
 	}
 	if got := len(rs.Reach(id("/w/1"))); got != workloads {
@@ -231,7 +231,7 @@ func TestHandMadeSets(t *testing.T) {
 		if err != nil {
 			continue
 		}
-		if got := rs.Decide(Request{id("/x"), id("/w"), 80}); got.Effect != Deny {
+		if got := rs.Decide(Request{Src: id("/x"), Dst: id("/w"), Port: 80}); got.Effect != Deny {
 			t.Errorf("%s: got %+v, want deny", name, got)
 		}
 	}
@@ -258,7 +258,7 @@ func TestCompile100kRules(t *testing.T) {
 	if got := len(rs.For(id("/w/5")).Rules()); got != 100 {
 		t.Errorf("For gives %d rules, want 100", got)
 	}
-	if got := rs.Decide(Request{id("/w/7"), id("/w/5"), 80}); got.Rule.Line != 3 {
+	if got := rs.Decide(Request{Src: id("/w/7"), Dst: id("/w/5"), Port: 80}); got.Rule.Line != 3 {
 		t.Errorf("got %+v, want line 3", got)
 	}
 	c := compiler{rules: make([]Rule, MaxRules)}
@@ -276,7 +276,7 @@ func TestConcurrentUse(t *testing.T) {
 	for g := range 8 {
 		wg.Go(func() {
 			for i := range 100 {
-				q := Request{id(fmt.Sprintf("/w/%d", i)), id("/w/5"), 80}
+				q := Request{Src: id(fmt.Sprintf("/w/%d", i)), Dst: id("/w/5"), Port: 80}
 				want := reference(rs.Rules(), q)
 				if got := rs.Decide(q); got != want {
 					t.Errorf("goroutine %d: got %+v, want %+v", g, got, want)

@@ -3,6 +3,7 @@ package policy
 import (
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -15,82 +16,76 @@ type Explanation struct {
 	Request
 	Decision
 
-	Overruled RuleRef // the allow that the deciding deny beat, if any
-	Nearest   RuleRef // when no rule decided: the first allow that misses in one field only, if any
-	Missed    string  // that field and what the rule names there, as in "port: rule names http (8080)"
-	Note      string  // what Decide does not know: "payments declares no port 9999", or ""
+	At        time.Time // zero: every window of time counts as open
+	Overruled RuleRef   // the allow that the deciding deny beat, if any
+	Nearest   RuleRef   // when no rule decided: the first allow that misses in one field only, if any
+	Missed    string    // that field and what the rule names there, as in "port: rule names http (8080)"
+	Note      string    // what Decide does not know: "payments declares no port 9999", or ""
 
 	src, dst, port string // as people call them
 }
 
 // Explain answers q as [Ruleset.Decide] does and says why. Its cost grows with
 // the number of rules.
-func (r *Ruleset) Explain(q Request) Explanation {
+func (r *Ruleset) Explain(q Request) Explanation { return r.ExplainAt(q, time.Time{}) }
+
+// ExplainAt is Explain for a moment; the zero time counts every window of time as
+// open.
+func (r *Ruleset) ExplainAt(q Request, t time.Time) Explanation {
+	then := r
+	if !t.IsZero() {
+		then = r.At(t)
+	}
 	x := Explanation{
-		Request: q, Decision: r.Decide(q),
+		Request: q, Decision: then.Decide(q), At: t,
 		src: r.title(q.Src.String()), dst: r.title(q.Dst.String()), port: r.portTitle(q.Dst, q.Port),
 	}
-	if w, ok := r.Destination(q.Dst); ok {
-		if _, declared := w.Port(q.Port); !declared {
-			x.Note = fmt.Sprintf("%s declares no port %d, so its sidecar refuses it; declared: %s", w.Name, q.Port, portList(w.Ports))
-		}
-	} else if !r.trustDomain().IsZero() {
-		x.Note = "no workload has the ID " + q.Dst.String()
+	if q.Src.IsZero() {
+		x.src = "anonymous"
 	}
+	x.Note = r.note(q, x)
 	switch {
-	case x.Effect == Allow || q.Port == 0:
+	case x.Effect != Deny || q.Port == 0:
 	case !x.Rule.IsZero():
-		x.Overruled = r.overruled(q)
+		x.Overruled = then.overruled(q)
 	default:
-		x.Nearest, x.Missed = r.nearest(q)
+		x.Nearest, x.Missed = r.nearest(q, t)
 	}
 	return x
+}
+
+// note tells what Decide does not know.
+func (r *Ruleset) note(q Request, x Explanation) string {
+	w, ok := r.Destination(q.Dst)
+	switch {
+	case !ok && !r.trustDomain().IsZero():
+		return "no workload has the ID " + q.Dst.String()
+	case !ok:
+		return ""
+	}
+	port, declared := w.Port(q.Port)
+	switch {
+	case !declared:
+		return fmt.Sprintf("%s declares no port %d, so its sidecar refuses it; declared: %s", w.Name, q.Port, portList(w.Ports))
+	case q.HTTP != nil && port.Protocol == TCP:
+		return fmt.Sprintf("port %s of %s is declared tcp: its sidecar sees no requests there", portList([]Port{port}), w.Name)
+	case q.HTTP != nil && x.Effect == Deny:
+		if err := q.HTTP.Check(); err != nil {
+			return "answered 400 where a rule looks at requests: " + err.Error()
+		}
+	}
+	return ""
 }
 
 // overruled gives the first allow that matches q.
 func (r *Ruleset) overruled(q Request) RuleRef {
 	for i := range r.Rules() {
 		rule := &r.rules[i]
-		if rule.Effect == Allow && rule.port(q.Port) && rule.to(q.Dst) && rule.from(q.Src) {
+		if rule.Effect == Allow && rule.port(q.Port) && rule.to(q.Dst) && rule.from(q.Src) && (len(rule.HTTP) == 0 || q.HTTP != nil && rule.request(q.HTTP)) {
 			return rule.Ref
 		}
 	}
 	return RuleRef{}
-}
-
-// nearest gives the first allow that q misses in one field only: preferably the
-// port, then the source, then the destination.
-func (r *Ruleset) nearest(q Request) (RuleRef, string) {
-	var best *Rule
-	bestField := 3 // 0 port, 1 source, 2 destination
-	for i := range r.Rules() {
-		rule := &r.rules[i]
-		if rule.Effect != Allow {
-			continue
-		}
-		missed, field := 0, 0
-		for f, ok := range [3]bool{rule.port(q.Port), rule.from(q.Src), rule.to(q.Dst)} {
-			if !ok {
-				missed, field = missed+1, f
-			}
-		}
-		if missed == 1 && field < bestField {
-			best, bestField = rule, field
-		}
-	}
-	switch {
-	case best == nil:
-		return RuleRef{}, ""
-	case bestField == 0:
-		names := make([]string, len(best.Ports))
-		for i, p := range best.Ports {
-			names[i] = r.portTitle(q.Dst, p)
-		}
-		return best.Ref, "port: rule names " + some(names)
-	case bestField == 1:
-		return best.Ref, "source: rule names " + some(r.titles(best.From))
-	}
-	return best.Ref, "destination: rule names " + some(r.titles(best.To))
 }
 
 // some joins names and bounds how many are listed.
@@ -141,8 +136,19 @@ func (r *Ruleset) portTitle(dst spiffeid.ID, n uint16) string {
 // String tells the verdict on the first line and the why on the following.
 func (x Explanation) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s: %s → %s port %s\n", x.Effect, x.src, x.dst, x.port)
+	fmt.Fprintf(&b, "%s: %s → %s port %s", x.Effect, x.src, x.dst, x.port)
+	if x.HTTP != nil {
+		fmt.Fprintf(&b, " %s %s", x.HTTP.Method, x.HTTP.Path)
+	}
+	if !x.At.IsZero() {
+		fmt.Fprintf(&b, " at %s", x.At.Format(time.RFC3339))
+	}
+	b.WriteByte('\n')
 	switch {
+	case x.Effect == Inspect:
+		b.WriteString("  each request is decided by itself: ask about one\n")
+	case x.Effect == Allow && x.Would == Deny && x.Audited.IsZero():
+		fmt.Fprintf(&b, "  let through by the open door of %s; no rule allows it\n", x.Rule)
 	case x.Effect == Allow:
 		fmt.Fprintf(&b, "  allowed by %s\n", x.Rule)
 	case !x.Rule.IsZero():
@@ -152,6 +158,9 @@ func (x Explanation) String() string {
 	}
 	if x.Reason != "" {
 		fmt.Fprintf(&b, "  reason: %s\n", x.Reason)
+	}
+	if !x.Audited.IsZero() {
+		fmt.Fprintf(&b, "  it would be denied by %s, which only records\n", x.Audited)
 	}
 	if !x.Overruled.IsZero() {
 		fmt.Fprintf(&b, "  it overrules the allow of %s\n", x.Overruled)

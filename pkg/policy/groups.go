@@ -23,7 +23,7 @@ func (c *compiler) groups(s *Set, p Policy, to destinations, e Entry) ([]group, 
 		c.errs.add(s.mistake(&c.errs, p.File, e.pos, "", "a rule without ports"))
 		return nil, false
 	}
-	key := to.text
+	key := fmt.Sprint(to.text, "\x00", len(e.HTTP) > 0, e.GRPC, e.anonymous())
 	for _, r := range e.Ports {
 		key += "\x00" + r.String()
 	}
@@ -31,7 +31,7 @@ func (c *compiler) groups(s *Set, p Policy, to destinations, e Entry) ([]group, 
 		return gs, true
 	}
 	all := len(e.Ports) == 1 && e.Ports[0].All
-	if !all && !c.checkPorts(s, p, to, e) {
+	if !all && !c.checkPorts(s, p, to, e) || !c.checkProtocols(s, p, to, e) {
 		return nil, false
 	}
 	var gs []group
@@ -129,6 +129,42 @@ func (c *compiler) checkPorts(s *Set, p Policy, to destinations, e Entry) bool {
 		c.errs.add(s.mistake(&c.errs, p.File, r.pos, hint, fmt.Sprintf("port %s is declared by no workload that spec.to selects", r)))
 	}
 	return ok
+}
+
+// checkProtocols reports ports that cannot enforce what the rule says: nothing is
+// ignored. A workload yet to come is checked when it is there.
+func (c *compiler) checkProtocols(s *Set, p Policy, to destinations, e Entry) bool {
+	for _, i := range to.workloads {
+		w := c.workloads[i]
+		for _, port := range w.Ports {
+			if !slices.ContainsFunc(e.Ports, func(r PortRef) bool { return r.All || r.names(port) }) {
+				continue
+			}
+			where := fmt.Sprintf("port %s of %s", portList([]Port{port}), w.Name)
+			switch {
+			case e.GRPC && port.Protocol != GRPC:
+				c.errs.add(s.mistake(&c.errs, p.File, e.http, "name the grpc ports only, or declare protocol: grpc", fmt.Sprintf("%s is declared %s: it cannot tell gRPC methods", where, port.Protocol)))
+			case len(e.HTTP) > 0 && port.Protocol == TCP:
+				c.errs.add(s.mistake(&c.errs, p.File, e.http, "name the http ports only, or declare protocol: http", fmt.Sprintf("%s is declared tcp: it cannot tell requests", where)))
+			case e.anonymous() && port.Plaintext.IsZero():
+				c.errs.add(s.mistake(&c.errs, p.File, e.pos, "declare plaintext: {until: …} there, or leave anonymous out", fmt.Sprintf("%s has no plaintext: no caller without identity can come", where)))
+			default:
+				continue
+			}
+			return false
+		}
+	}
+	return true
+}
+
+// anonymous reports whether callers without an identity are named.
+func (e Entry) anonymous() bool {
+	return slices.ContainsFunc(e.From, func(s Selector) bool { return s.Anonymous })
+}
+
+// names reports whether r means the port.
+func (r PortRef) names(p Port) bool {
+	return r.Name != "" && r.Name == p.Name || r.Name == "" && r.Number == p.Number
 }
 
 func (r PortRef) isZero() bool { return !r.All && r.Name == "" && r.Number == 0 }

@@ -100,8 +100,17 @@ func (f *fileReader) document(n *yaml.Node) {
 		f.policyTest(name, p, sn)
 	case "TrustDomain":
 		f.trustDomain(name, p, sn)
+	case "TokenIssuer":
+		f.tokenIssuer(name, p, sn)
+	case "External":
+		f.external(name, p, sn)
+	case "Defaults":
+		f.defaults(name, p, sn)
 	}
 }
+
+// kinds are those of this version.
+var kinds = []string{"Workload", "Policy", "PolicyTest", "Defaults", "External", "TrustDomain", "TokenIssuer"}
 
 // resourceName reads metadata.name; "" when it is wrong, which was reported.
 func (f *fileReader) resourceName(meta object) (string, pos) {
@@ -122,18 +131,17 @@ func (f *fileReader) resourceName(meta object) (string, pos) {
 // knownKind reports whether kind is one of this version, and says what is wrong
 // with it otherwise.
 func (f *fileReader) knownKind(kind string, n *yaml.Node) bool {
-	switch kind {
-	case "Workload", "Policy", "PolicyTest", "TrustDomain":
+	switch {
+	case slices.Contains(kinds, kind):
 		return true
-	case "Invariant", "Scope", "Defaults", "External":
+	case kind == "Invariant", kind == "Scope":
 		f.fail(at(n), "", "kind %s is not supported by this version", kind)
-	case "Mesh":
+	case kind == "Mesh":
 		f.fail(at(n), "keep it in mesh.yaml, outside the policy folder", "kind Mesh is read by `sallyport up`; it is not a policy resource")
 	default:
-		known := []string{"Workload", "Policy", "PolicyTest", "TrustDomain"}
-		hint := didYouMean(kind, known)
+		hint := didYouMean(kind, kinds)
 		if hint == "" {
-			hint = "known kinds: " + strings.Join(known, ", ")
+			hint = "known kinds: " + strings.Join(kinds, ", ")
 		}
 		f.fail(at(n), hint, "unknown kind %q", shorten(kind))
 	}

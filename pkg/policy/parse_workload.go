@@ -147,8 +147,7 @@ func (f *fileReader) ports(n *yaml.Node, what string) []Port {
 
 func (f *fileReader) port(n *yaml.Node, what string, names map[string]int, numbers map[uint16]int) (Port, bool) {
 	o, ok := f.object(n, what, schema{"name": known, "port": known, "protocol": known,
-		"direct":    "remove it: callers come through their sidecars",
-		"plaintext": "remove it: callers without a sidecar are refused"})
+		"plaintext": known, "direct": "remove it: callers come through their sidecars"})
 	if !ok {
 		return Port{}, false
 	}
@@ -165,16 +164,25 @@ func (f *fileReader) port(n *yaml.Node, what string, names map[string]int, numbe
 			numbers[p.Number] = at(numNode).line
 		}
 	}
-	protocol, pn, ok3 := o.text("protocol")
-	if ok3 {
-		p.Protocol = Protocol(protocol)
-		if p.Protocol != TCP && p.Protocol != HTTP && p.Protocol != GRPC {
-			hint := didYouMean(protocol, []string{string(TCP), string(HTTP), string(GRPC)})
-			f.fail(at(pn), hint, "unknown protocol %q; want tcp, http or grpc", shorten(protocol))
-			ok3 = false
+	p.Protocol, ok = f.protocol(o)
+	if tn, has := o.fields["plaintext"]; has {
+		if until, good := f.object(tn, what+".plaintext", schema{"until": known}); good {
+			if un, good := until.need("until"); good {
+				p.Plaintext, _ = f.time(un, what+".plaintext.until")
+			}
 		}
 	}
-	return p, ok1 && ok2 && ok3
+	return p, ok && ok1 && ok2
+}
+
+func (f *fileReader) protocol(o object) (Protocol, bool) {
+	s, n, ok := o.text("protocol")
+	p := Protocol(s)
+	if ok && p != TCP && p != HTTP && p != GRPC {
+		f.fail(at(n), didYouMean(s, []string{string(TCP), string(HTTP), string(GRPC)}), "unknown protocol %q; want tcp, http or grpc", shorten(s))
+		ok = false
+	}
+	return p, ok
 }
 
 // unique reports a duplicate when first, the line of an earlier one, is not 0.

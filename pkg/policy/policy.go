@@ -9,6 +9,7 @@ package policy
 
 import (
 	"fmt"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -20,14 +21,18 @@ type Effect uint8
 
 // Verdicts, from the most to the least restrictive.
 const (
-	Deny  Effect = iota
-	Allow        // the connection may pass
+	Deny    Effect = iota
+	Inspect        // the connection may pass; each request on it is to be decided by itself
+	Allow          // the connection, or the request, may pass
 )
 
-// String gives "deny" or "allow".
+// String gives "deny", "inspect" or "allow".
 func (e Effect) String() string {
-	if e == Allow {
+	switch e {
+	case Allow:
 		return "allow"
+	case Inspect:
+		return "inspect"
 	}
 	return "deny"
 }
@@ -47,12 +52,18 @@ type Port struct {
 	Name     string // a DNS label, unique in its workload
 	Number   uint16 // unique in its workload; what callers name on the wire
 	Protocol Protocol
+	// Plaintext is until when callers without mutual TLS, which have no identity,
+	// may come to this port while a team moves in; zero: never.
+	Plaintext time.Time
 }
 
-// Request asks whether Src may open a connection to Port of Dst.
+// Request asks whether Src may open a connection to Port of Dst, or, with HTTP,
+// whether it may send this request there. The zero Src is a caller without an
+// identity.
 type Request struct {
 	Src, Dst spiffeid.ID
 	Port     uint16
+	HTTP     *HTTPRequest
 }
 
 // RuleRef says which rule decided and where it is written. The zero RuleRef
@@ -91,18 +102,31 @@ func (r RuleRef) String() string {
 // Decision is the answer to a [Request]. The zero Decision denies.
 type Decision struct {
 	Effect Effect
-	Would  Effect // what full enforcement says; differs from Effect where something is only audited
-	Rule   RuleRef
-	Reason string // the rule's reason; told to the refused only when a deny rule decided
+	Would  Effect  // what full enforcement says; Deny where something is only audited
+	Rule   RuleRef // the one that decided Effect; zero where none did, and for Inspect
+	Reason string  // the rule's reason; told to the refused only when a deny rule decided
+
+	// Audited is the deny in audit mode that full enforcement would refuse by.
+	// Where it is zero, Would denies and Effect allows, Rule is an open door: a
+	// Defaults document.
+	Audited RuleRef
 }
 
-// Rule is one compiled entry under allow or deny of a Policy, with every label
-// and port name resolved. It is the form that travels to sidecars.
+// Rule is one compiled entry under allow or deny of a Policy, or a Defaults
+// document, with every label and port name resolved. It is the form that travels
+// to sidecars.
 type Rule struct {
 	Ref    RuleRef
 	Effect Effect
-	From   []identity.Pattern // any one of them matches
-	To     []identity.Pattern // any one of them matches
-	Ports  []uint16           // ascending; empty: every port ("all")
-	Reason string
+	// Audit says that a deny only records, and that an allow is an open door: it
+	// grants what full enforcement would refuse.
+	Audit     bool
+	From      []identity.Pattern // any one of them matches
+	Anonymous bool               // matches callers without an identity too
+	To        []identity.Pattern // any one of them matches
+	Ports     []uint16           // ascending; empty: every port ("all")
+	HTTP      []HTTPMatch        // any one of them matches; empty: the whole connection
+	// The rule holds from Since until before Until; the zero time is no limit.
+	Since, Until time.Time
+	Reason       string
 }

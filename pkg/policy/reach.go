@@ -9,7 +9,9 @@ import (
 )
 
 // from reports whether the rule names src.
-func (r *Rule) from(src spiffeid.ID) bool { return matchAny(r.From, src) }
+func (r *Rule) from(src spiffeid.ID) bool {
+	return matchAny(r.From, src) || r.Anonymous && src.IsZero()
+}
 
 // to reports whether the rule is about dst.
 func (r *Rule) to(dst spiffeid.ID) bool { return matchAny(r.To, dst) }
@@ -115,16 +117,21 @@ func (r *Ruleset) Opens(src, dst spiffeid.ID) bool {
 	return r.opens(rules, w.Ports)
 }
 
-// opens reports whether rules allow, and do not deny, some port.
+// opens reports whether rules allow, and do not deny, some port, if perhaps not
+// for every request.
 func (r *Ruleset) opens(rules []int32, ports []Port) bool {
 	for _, p := range ports {
 		var v verdict
 		for _, i := range rules {
-			if r.rules[i].port(p.Number) {
-				v.add(r.rules[i].Effect, i)
+			switch rule := &r.rules[i]; {
+			case !rule.port(p.Number):
+			case len(rule.HTTP) > 0:
+				v.when |= rule.say().bit()
+			default:
+				v.add(rule.say(), i)
 			}
 		}
-		if v.deny == 0 && v.allow != 0 {
+		if r.decision(v, nil).Effect != Deny {
 			return true
 		}
 	}

@@ -20,6 +20,7 @@ type Ruleset struct {
 	templates []CompiledWorkload // in the order of the sets
 	forms     trie[int]          // :: pattern of a template → index of templates
 	domains   []TrustDomain      // foreign ones, by name
+	externals []External         // by name
 	byName    map[string]int     // :: metadata.name → index of workloads, of templates behind them
 
 	targets []target                // one per distinct To
@@ -136,12 +137,13 @@ func keyOf(ps []identity.Pattern) listKey {
 	return listKey{list: &ps[0], n: len(ps)}
 }
 
-// compareRules is the canonical order: denies first, then by set, file and line.
+// compareRules is the canonical order: denies first, those in audit mode after
+// them, then allows, then open doors; among each by set, file and line.
 // Of several rules that match, the first is the one reported, whatever order
 // they travelled in.
 func compareRules(a, b Rule) int {
 	return cmp.Or(
-		cmp.Compare(a.Effect, b.Effect),
+		cmp.Compare(a.say(), b.say()),
 		cmp.Compare(a.Ref.Set, b.Ref.Set),
 		cmp.Compare(a.Ref.File, b.Ref.File),
 		cmp.Compare(a.Ref.Line, b.Ref.Line),
@@ -150,13 +152,42 @@ func compareRules(a, b Rule) int {
 		slices.Compare(a.Ports, b.Ports),
 		slices.CompareFunc(a.To, b.To, comparePatterns),
 		slices.CompareFunc(a.From, b.From, comparePatterns),
+		compareBool(a.Anonymous, b.Anonymous),
+		a.Since.Compare(b.Since),
+		a.Until.Compare(b.Until),
+		slices.CompareFunc(a.HTTP, b.HTTP, compareMatches),
+	)
+}
+
+func compareBool(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case b:
+		return -1
+	}
+	return 1
+}
+
+func compareMatches(a, b HTTPMatch) int {
+	return cmp.Or(
+		slices.Compare(a.Methods, b.Methods),
+		slices.Compare(a.Paths, b.Paths),
+		slices.Compare(a.Hosts, b.Hosts),
+		slices.CompareFunc(a.Headers, b.Headers, func(a, b HeaderMatch) int {
+			return cmp.Or(cmp.Compare(a.Name, b.Name), compareBool(a.Present, b.Present), cmp.Compare(a.Equals, b.Equals))
+		}),
+		slices.CompareFunc(a.Claims, b.Claims, func(a, b ClaimMatch) int {
+			return cmp.Or(cmp.Compare(a.Issuer, b.Issuer), cmp.Compare(a.Claim, b.Claim), cmp.Compare(a.Value, b.Value))
+		}),
 	)
 }
 
 func comparePatterns(a, b identity.Pattern) int { return strings.Compare(a.String(), b.String()) }
 
-// Rules gives the rules in canonical order: denies first, then by set, file and
-// line. The caller must not change them.
+// Rules gives the rules in canonical order: denies first, those in audit mode
+// after them, then allows, then open doors; among each by set, file and line. The
+// caller must not change them.
 func (r *Ruleset) Rules() []Rule {
 	if r == nil {
 		return nil

@@ -3,6 +3,7 @@ package policy
 import (
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -18,6 +19,7 @@ type TestResult struct {
 	File      string
 	Line      int
 	Questions int    // asked; a case without a port asks about every declared one
+	Open      Errors // what passes today, although full enforcement would refuse it
 	Failures  Errors // at most [MaxErrors]
 	Failed    int    // failed questions, also those beyond
 }
@@ -53,30 +55,66 @@ func (t *testRun) ask(c Case) {
 		t.fail(c, "", fmt.Sprintf("unknown workload %q", shorten(c.To)))
 		return
 	}
-	src, problem := refID(t.rs.trustDomain(), c.From, t.rs.nameToID)
-	if problem != "" {
-		t.fail(c, "", problem)
-		return
-	}
-	ports := dst.Ports
-	if !c.Port.isZero() {
-		port, ok := dst.refPort(c.Port)
-		if !ok {
-			t.fail(c, "", fmt.Sprintf("workload %s declares no port %s", dst.Name, c.Port))
+	var src spiffeid.ID
+	if c.From != "" {
+		var problem string
+		if src, problem = refID(t.rs.trustDomain(), c.From, t.rs.nameToID); problem != "" {
+			t.fail(c, "", problem)
 			return
 		}
-		ports = []Port{port}
 	}
-	if len(ports) == 0 {
-		t.fail(c, "", fmt.Sprintf("workload %s declares no port: the case asks nothing", dst.Name))
+	ports, _, msg, hint := c.ports(dst)
+	if msg != "" {
+		t.fail(c, hint, msg)
+		return
+	}
+	rs := t.rs
+	if !c.At.IsZero() {
+		rs = rs.At(c.At)
 	}
 	for _, port := range ports {
 		t.result.Questions++
-		q := Request{Src: src, Dst: dst.ID, Port: port.Number}
-		if got := t.rs.Decide(q).Would; got != c.Expect {
-			t.fail(c, why(t.rs.Explain(q)), fmt.Sprintf("%s → %s:%s: got %s, want %s", c.From, c.To, port.Name, got, c.Expect))
+		q := Request{Src: src, Dst: dst.ID, Port: port.Number, HTTP: c.HTTP}
+		d := rs.Decide(q)
+		if d.Effect == Allow && d.Would == Deny {
+			t.result.Open = append(t.result.Open, t.mistake(c, "", fmt.Sprintf("%s is let pass today %s", c.title(port), byDoor(d))))
+		}
+		if d.Would != c.Expect {
+			t.fail(c, why(t.rs.ExplainAt(q, c.At)), fmt.Sprintf("%s: got %s, want %s", c.title(port), verdictText(d.Would), c.Expect))
 		}
 	}
+}
+
+// byDoor says why a Decision that full enforcement would refuse is an allow.
+func byDoor(d Decision) string {
+	if d.Audited.IsZero() {
+		return "through the open door of " + d.Rule.String()
+	}
+	return "as " + d.Audited.String() + " only records"
+}
+
+// verdictText tells of a port as a whole.
+func verdictText(e Effect) string {
+	if e == Inspect {
+		return "allow for some requests and deny for others"
+	}
+	return e.String()
+}
+
+// title says what a case asks about one port.
+func (c Case) title(port Port) string {
+	from := c.From
+	if from == "" {
+		from = "anonymous"
+	}
+	s := fmt.Sprintf("%s → %s:%s", from, c.To, port.Name)
+	if c.HTTP != nil {
+		s += " " + c.HTTP.Method + " " + c.HTTP.Path
+	}
+	if !c.At.IsZero() {
+		s += " at " + c.At.Format(time.RFC3339)
+	}
+	return s
 }
 
 // workload gives the destination of a case.
@@ -97,16 +135,22 @@ func (r *Ruleset) nameToID(name string) (spiffeid.ID, bool) {
 func (t *testRun) fail(c Case, hint, msg string) {
 	t.result.Failed++
 	if len(t.result.Failures) < MaxErrors {
-		t.result.Failures = append(t.result.Failures, &Error{
-			File: t.test.File, Line: c.line, Col: c.col, Msg: msg, Hint: hint,
-			Snippet: snippet(t.set.sources[t.test.File], c.pos),
-		})
+		t.result.Failures = append(t.result.Failures, t.mistake(c, hint, msg))
+	}
+}
+
+func (t *testRun) mistake(c Case, hint, msg string) *Error {
+	return &Error{
+		File: t.test.File, Line: c.line, Col: c.col, Msg: msg, Hint: hint,
+		Snippet: snippet(t.set.sources[t.test.File], c.pos),
 	}
 }
 
 // why gives an explanation on one line.
 func why(x Explanation) string {
 	switch {
+	case x.Effect == Inspect:
+		return "ask about one request with http or grpc"
 	case x.Effect == Allow:
 		return "allowed by " + x.Rule.String()
 	case !x.Rule.IsZero():
@@ -157,6 +201,9 @@ func (r TestReport) String() string {
 			if f.Hint != "" {
 				fmt.Fprintf(&b, "        %s\n", f.Hint)
 			}
+		}
+		for _, o := range t.Open {
+			fmt.Fprintf(&b, "    %s: note: %s\n", o.Position(), o.Msg)
 		}
 		if more := t.Failed - len(t.Failures); more > 0 {
 			fmt.Fprintf(&b, "    and %d more failures\n", more)

@@ -21,6 +21,15 @@ type destinations struct {
 func (c *compiler) selectTo(s *Set, p Policy) (destinations, bool) {
 	sel := p.To
 	d := destinations{text: sel.key()}
+	if sel.External != "" {
+		i, ok := c.abroad[(External{Name: sel.External}).ID(c.td).String()]
+		if !ok {
+			c.errs.add(s.mistake(&c.errs, p.File, sel.pos, c.suggestExternal(sel.External), fmt.Sprintf("unknown External %q", sel.External)))
+			return d, false
+		}
+		d.workloads = []int{i}
+		return d, true
+	}
 	if sel.ID == "" {
 		var ok bool
 		d.workloads, ok = c.selectWorkloads(s, p.File, sel)
@@ -40,6 +49,9 @@ func (c *compiler) selectTo(s *Set, p Policy) (destinations, bool) {
 		if ts := c.matchTemplates(pattern); !known && len(ts) == 1 {
 			i, known = ts[0], true
 		}
+		if xs := c.selectExternals(pattern); !known && len(xs) == 1 {
+			i, known = xs[0], true
+		}
 		if !known {
 			c.errs.add(s.mistake(&c.errs, p.File, sel.pos, c.suggestID(id.Path()), fmt.Sprintf("no workload has the ID %s", shorten(sel.ID))))
 			return d, false
@@ -53,6 +65,7 @@ func (c *compiler) selectTo(s *Set, p Policy) (destinations, bool) {
 		}
 	}
 	d.workloads = append(d.workloads, c.matchTemplates(pattern)...)
+	d.workloads = append(d.workloads, c.selectExternals(pattern)...)
 	return d, true
 }
 
@@ -70,6 +83,9 @@ func (c *compiler) selectFrom(s *Set, p Policy, e Entry) ([]identity.Pattern, bo
 	var out []identity.Pattern
 	ok := true
 	for _, sel := range e.From {
+		if sel.Anonymous {
+			continue // a field of the rule
+		}
 		if sel.ID != "" {
 			pattern, good := c.pattern(s, p.File, sel)
 			out, ok = append(out, pattern), ok && good
@@ -146,6 +162,10 @@ func (s Selector) key() string {
 		return "w:" + s.Workload
 	case s.ID != "":
 		return "i:" + s.ID
+	case s.External != "":
+		return "x:" + s.External
+	case s.Anonymous:
+		return "a:"
 	}
 	return "l:" + s.labelText()
 }

@@ -28,8 +28,11 @@ type Set struct {
 	Workloads []Workload
 	Policies  []Policy
 	Tests     []PolicyTest
-	// TrustDomains are in the root set only.
+	Externals []External
+	// What follows is in the root set only.
 	TrustDomains []TrustDomain
+	TokenIssuers []TokenIssuer
+	Defaults     []Defaults
 
 	sources map[string][]byte // :: reported file path → content, for snippets
 }
@@ -73,11 +76,54 @@ type Policy struct {
 
 // Entry is one element of a Policy's allow or deny list.
 type Entry struct {
-	From   []Selector // any one of them matches
-	Ports  []PortRef  // any one of them; [all] is one PortRef with All set
-	Reason string     // at most [MaxReason] bytes, printable
+	From  []Selector  // any one of them matches
+	Ports []PortRef   // any one of them; [all] is one PortRef with All set
+	HTTP  []HTTPMatch // any one of them, of http, grpc and when; empty: the whole connection
+	GRPC  bool        // HTTP was written as gRPC methods: only grpc ports can tell
+	// The rule holds from Since until before Until, to the second; the zero time is
+	// no limit.
+	Since, Until time.Time
+	Audit        bool   // of a deny: recorded, not enforced
+	Reason       string // at most [MaxReason] bytes, printable
 
 	pos
+	http, when pos // of http or grpc, and of when
+}
+
+// Defaults is a door left open while a team moves in: until Until, every identity
+// of this trust domain may reach every port of the workloads that To selects,
+// unless a deny matches. What no allow names is recorded as what would be denied.
+type Defaults struct {
+	Name  string // metadata.name, a DNS label
+	To    Selector
+	Until time.Time
+	File  string // path below the policy folder, with slashes
+	Line  int    // of metadata.name, from 1
+	Col   int    // in characters, from 1
+}
+
+// External is a destination outside every mesh. Its ID, /external/NAME, is never
+// issued; the sidecar of the caller decides.
+type External struct {
+	Name string // metadata.name, a DNS label
+	Set  string // "" is the root set
+	Host string // name or address
+	Port Port   // named by its protocol
+	TLS  bool   // the caller's sidecar speaks TLS to Host, and checks its name
+	File string // path below the policy folder, with slashes
+	Line int    // of metadata.name, from 1
+	Col  int    // in characters, from 1
+}
+
+// TokenIssuer is an OpenID Connect issuer whose tokens end users bring. Rules name
+// it under when.
+type TokenIssuer struct {
+	Name     string // metadata.name, a DNS label
+	Issuer   string // https URL, as in the claim iss
+	Audience string // as in the claim aud
+	File     string // path below the policy folder, with slashes
+	Line     int    // of metadata.name, from 1
+	Col      int    // in characters, from 1
 }
 
 // MaxReason is the longest reason of a rule, in bytes.
@@ -85,9 +131,11 @@ const MaxReason = 256
 
 // Selector picks identities. Exactly one of its exported fields is set.
 type Selector struct {
-	Workload string            // metadata.name
-	Labels   map[string]string // all of them must match
-	ID       string            // "/a/*" in this trust domain, or "spiffe://td/a/**"
+	Workload  string            // metadata.name
+	Labels    map[string]string // all of them must match
+	ID        string            // "/a/*" in this trust domain, or "spiffe://td/a/**"
+	External  string            // metadata.name of an External; of a destination
+	Anonymous bool              // callers without an identity; of a source
 
 	pos
 }
@@ -115,13 +163,17 @@ type PolicyTest struct {
 
 // Case asks whether From may reach Port of To.
 type Case struct {
-	From   string  // a workload's name, or an ID as in Selector.ID without wildcards
-	To     string  // the same; must be a workload
-	Port   PortRef // zero: every declared port of To
+	From string       // a workload's name, or an ID as in Selector.ID without wildcards; "" is a caller without identity
+	To   string       // the same; must be a workload, or external:NAME
+	Port PortRef      // zero: every declared port of To
+	HTTP *HTTPRequest // nil: every request
+	// At is when it is asked; the zero time counts every window of time as open.
+	At     time.Time
 	Expect Effect
 
-	pos      // of the case
-	from, to pos
+	pos            // of the case
+	from, to, http pos
+	grpc           bool // HTTP was written as a gRPC method
 }
 
 // CompiledWorkload is a Workload with its full identity.

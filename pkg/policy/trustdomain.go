@@ -63,10 +63,14 @@ func (w ForeignWorkload) compiled() CompiledWorkload {
 	return CompiledWorkload{Workload: Workload{Name: w.ID.String(), ID: w.ID.Path(), Ports: w.Ports}, ID: w.ID}
 }
 
-// Destination gives the workload with this ID: one of this mesh, or one that a
-// TrustDomain document lists, whose name is then its ID.
+// Destination gives the workload with this ID: one of this mesh, one that a
+// TrustDomain document lists, whose name is then its ID, or an External, whose name
+// is external:NAME.
 func (r *Ruleset) Destination(id spiffeid.ID) (CompiledWorkload, bool) {
 	if w, ok := r.Workload(id); ok {
+		return w, true
+	}
+	if w, ok := r.external(id); ok {
 		return w, true
 	}
 	return r.foreign(id.String())
