@@ -12,6 +12,7 @@ GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 PROTOC_GEN_GO := google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12
 PROTOC_GRPC := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 FUZZTIME    ?= 10s
+DECISIONS   ?= 10000000
 
 # The race detector needs a C compiler.
 CC_FOUND    := $(shell command -v "$$(go env CC 2>/dev/null)" 2>/dev/null)
@@ -20,7 +21,7 @@ RACE        := $(if $(CC_FOUND),-race)
 # name → package of every program
 PROGRAMS := sallyport-controlplane=./cmd/controlplane sallyport-proxy=./cmd/proxy sallyport=./cmd/sallyport shop=./examples/shop secrets=./examples/secrets
 
-.PHONY: help build pkcs11 demo test smoke e2e kubernetes lint vuln fuzz proto clean have-go
+.PHONY: help build pkcs11 demo test test-long smoke e2e kubernetes lint vuln fuzz proto clean have-go
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -44,6 +45,9 @@ demo: build ## run the example shop until Ctrl-C
 test: have-go ## run every test that needs no root and no installed server
 	@$(if $(CC_FOUND),,echo "no C compiler found: testing without the race detector")
 	@$(if $(CC_FOUND),CGO_ENABLED=1) go test $(RACE) ./...
+
+test-long: have-go ## ask the evaluator and its reference DECISIONS random questions
+	@go test -count=1 -timeout 60m ./pkg/policy -run '^TestDecideAgreesWithReference$$' -decisions $(DECISIONS)
 
 smoke: build ## run the demo's story and check it
 	@go test -tags smoke -count=1 ./test/smoke/...

@@ -11,27 +11,6 @@ import (
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
-// reference is Decide as docs/policy.md tells it, and nothing else: no index, no
-// trie. rules are in canonical order.
-func reference(rules []Rule, q Request) Decision {
-	var allow *Rule
-	for i, r := range rules {
-		matches := slices.ContainsFunc(r.From, func(p identity.Pattern) bool { return p.Match(q.Src) }) &&
-			slices.ContainsFunc(r.To, func(p identity.Pattern) bool { return p.Match(q.Dst) }) &&
-			(len(r.Ports) == 0 || slices.Contains(r.Ports, q.Port)) && q.Port != 0
-		switch {
-		case matches && r.Effect == Deny:
-			return Decision{Rule: r.Ref, Reason: r.Reason}
-		case matches && allow == nil:
-			allow = &rules[i]
-		}
-	}
-	if allow == nil {
-		return Decision{}
-	}
-	return Decision{Effect: Allow, Would: Allow, Rule: allow.Ref, Reason: allow.Reason}
-}
-
 // The universe of the random rule sets: few names, so that rules meet.
 var (
 	genSeg  = rapid.SampledFrom([]string{"a", "a", "b"})
@@ -76,54 +55,12 @@ var genRule = rapid.Custom(func(t *rapid.T) Rule {
 	}
 })
 
-var genRequest = rapid.Custom(func(t *rapid.T) Request {
-	return Request{
-		Src:  rapid.OneOf(genID, rapid.Just(spiffeid.ID{})).Draw(t, "src"),
-		Dst:  rapid.OneOf(genID, rapid.Just(spiffeid.ID{})).Draw(t, "dst"),
-		Port: rapid.OneOf(genPort, rapid.Just[uint16](0)).Draw(t, "port"),
-	}
-})
-
 // check runs f five times as often as rapid does by default.
 func check(t *testing.T, f func(*rapid.T)) {
 	for range 5 {
 		rapid.Check(t, f)
 	}
 }
-
-// checkDecide compares every way to reach a decision with the reference.
-func checkDecide(t *rapid.T) {
-	rules := rapid.SliceOfN(genRule, 0, 12).Draw(t, "rules")
-	rs := NewRuleset(rules)
-	again := NewRuleset(rapid.Permutation(rs.Rules()).Draw(t, "order"))
-	for _, q := range rapid.SliceOfN(genRequest, 1, 20).Draw(t, "requests") {
-		want := reference(rs.Rules(), q)
-		slice := rs.For(q.Dst)
-		for name, got := range map[string]Decision{
-			"Decide":                         rs.Decide(q),
-			"Decide again":                   rs.Decide(q),
-			"NewRuleset(Rules()).Decide":     again.Decide(q),
-			"For(dst).Decide":                slice.Decide(q),
-			"NewRuleset(For(dst).Rules())":   NewRuleset(slice.Rules()).Decide(q),
-			"Explain":                        rs.Explain(q).Decision,
-			"For(dst).For(dst).Decide":       slice.For(q.Dst).Decide(q),
-			"NewRuleset of the given order ": NewRuleset(rules).Decide(q),
-		} {
-			if got != want {
-				t.Fatalf("%s of %v:\ngot  %+v\nwant %+v", name, q, got, want)
-			}
-		}
-		for _, r := range slice.Rules() {
-			if len(r.To) != 1 || r.To[0] != identity.ExactPattern(q.Dst) {
-				t.Fatalf("For(%s) tells of %v", q.Dst, r.To)
-			}
-		}
-	}
-}
-
-func TestDecideAgreesWithReference(t *testing.T) { check(t, checkDecide) }
-
-func FuzzDecide(f *testing.F) { f.Fuzz(rapid.MakeFuzz(checkDecide)) }
 
 // genWorkloads draws workloads with ports, ordered by ID.
 var genWorkloads = rapid.Custom(func(t *rapid.T) []CompiledWorkload {
