@@ -1,10 +1,14 @@
 package policy
 
 import (
+	"cmp"
+	"fmt"
 	"hash/maphash"
 	"maps"
 	"slices"
 	"strconv"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
@@ -12,11 +16,30 @@ import (
 // Compare says who gains and who loses access to what when after replaces
 // before; either may be nil. It asks about every declared port of every
 // workload, for every ID that a rule names and for a witness of every region
-// that the patterns of the rules cut out of the IDs that could exist: nothing
-// that changes escapes it. Rules that only moved or were renamed are no
-// difference.
+// that the patterns of the rules cut out of the IDs that could exist; where rules
+// look at requests, about a witness of every kind of request that they tell apart;
+// and where they have windows of time, about every span between two edges of one.
+// Nothing that changes escapes it. What passes through an open door passes. Rules
+// that only moved or were renamed are no difference.
 func Compare(before, after *Ruleset) Diff {
-	c := comparison{before: before, after: after, seed: maphash.MakeSeed(), hashes: map[listKey]uint64{}}
+	edges := windowEdges(before, after)
+	if len(edges) == 0 {
+		return compareNow(before, after)
+	}
+	spans := make([]Diff, 0, len(edges)+1)
+	for i := -1; i < len(edges); i++ {
+		t := edges[max(i, 0)]
+		if i < 0 {
+			t = t.Add(-1)
+		}
+		spans = append(spans, compareNow(before.At(t), after.At(t)))
+	}
+	return joinSpans(edges, spans)
+}
+
+// compareNow takes every rule for one that holds.
+func compareNow(before, after *Ruleset) Diff {
+	c := comparison{before: before, after: after, seed: maphash.MakeSeed(), hashes: map[listKey]uint64{}, probes: map[string]probes{}}
 	c.workloads()
 	ids := map[string]struct{}{}
 	for _, r := range []*Ruleset{before, after} {
@@ -28,12 +51,16 @@ func Compare(before, after *Ruleset) Diff {
 				ids[w.ID.String()] = struct{}{}
 			}
 		}
+		for _, x := range r.Externals() {
+			ids[x.ID(r.trustDomain()).String()] = struct{}{}
+		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(ids)) {
 		c.destination(id, c.title(id))
 	}
 	c.templates()
 	c.domains()
+	c.externals()
 	return c.diff
 }
 
@@ -41,6 +68,7 @@ type comparison struct {
 	before, after *Ruleset
 	seed          maphash.Seed
 	hashes        map[listKey]uint64 // :: From → its hash
+	probes        map[string]probes  // :: conditions → what to ask because of them
 	diff          Diff
 }
 
@@ -64,6 +92,11 @@ func newSide(rs *Ruleset, id string) side {
 	if w, ok := rs.foreign(id); ok {
 		s.workload, s.exists = w, true
 	}
+	if parsed, err := spiffeid.FromString(id); err == nil {
+		if w, ok := rs.external(parsed); ok {
+			s.workload, s.exists = w, true
+		}
+	}
 	if s.exists {
 		s.rules = rs.rulesTo(id)
 	}
@@ -71,12 +104,18 @@ func newSide(rs *Ruleset, id string) side {
 }
 
 // find gives the verdict on an undeclared port as none: its sidecar refuses it.
-func (s side) find(src string, port uint16) verdict {
+func (s side) find(src string, port uint16, h *HTTPRequest) verdict {
 	if _, ok := s.workload.Port(port); !ok {
 		return verdict{}
 	}
-	return s.index.find(src, port, nil)
+	return s.index.find(src, port, h)
 }
+
+// passes reports whether something passes today, if perhaps through an open door.
+func (v verdict) passes() bool { return v.deny == 0 && (v.allow != 0 || v.door != 0) }
+
+// by is the rule that lets it pass.
+func (v verdict) by() int32 { return cmp.Or(v.allow, v.door) - 1 }
 
 // destination compares what is said about one destination, called title.
 func (c *comparison) destination(id, title string) {
@@ -104,7 +143,7 @@ func (c *comparison) destination(id, title string) {
 	}
 	regions, ok := cutRegions(slices.Sorted(maps.Keys(wild)))
 	if !ok {
-		c.diff.inexact = append(c.diff.inexact, title)
+		c.inexact(title)
 	}
 	sources := slices.Sorted(maps.Keys(exact))
 	for _, port := range unionPorts(b.workload.Ports, a.workload.Ports) {
@@ -123,78 +162,144 @@ const (
 	unguarded
 )
 
-// ask compares the two verdicts about one source.
-func ask(b, a side, src string, port uint16) (change, verdict, verdict) {
-	vb, va := b.find(src, port), a.find(src, port)
-	was, is := vb.deny == 0 && vb.allow != 0, va.deny == 0 && va.allow != 0
+// outcome is what changes for one source: some requests, or "" for a connection.
+type outcome struct {
+	kind    change
+	request string
+}
+
+// verdicts are of before and after, on one request that stands for all of an outcome.
+type verdicts struct{ before, after verdict }
+
+// ask compares what both sides say about one source.
+func (c *comparison) ask(b, a side, src string, port uint16) map[outcome]verdicts {
+	conditions := append(b.index.conditions(src, port), a.index.conditions(src, port)...)
+	if len(conditions) == 0 {
+		v := verdicts{b.find(src, port, nil), a.find(src, port, nil)}
+		if kind := c.kind(b, a, port, v); kind != same {
+			return map[outcome]verdicts{{kind: kind}: v}
+		}
+		return nil
+	}
+	probes, exact := c.probesOf(conditions)
+	if !exact {
+		c.inexact(c.title(b.id(a)))
+	}
+	found := map[change][]int{} // :: → indexes of probes.all
+	first := map[change]verdicts{}
+	for i := range probes.all {
+		v := verdicts{b.find(src, port, &probes.all[i].request), a.find(src, port, &probes.all[i].request)}
+		kind := c.kind(b, a, port, v)
+		if len(found[kind]) == 0 {
+			first[kind] = v
+		}
+		found[kind] = append(found[kind], i)
+	}
+	out := map[outcome]verdicts{}
+	for kind, some := range found {
+		if kind == same {
+			continue
+		}
+		for _, text := range probes.describe(some) {
+			out[outcome{kind, text}] = first[kind]
+		}
+	}
+	return out
+}
+
+func (c *comparison) inexact(title string) {
+	if !slices.Contains(c.diff.inexact, title) {
+		c.diff.inexact = append(c.diff.inexact, title)
+	}
+}
+
+// id is the destination's.
+func (s side) id(other side) string {
+	if s.exists {
+		return s.workload.ID.String()
+	}
+	return other.workload.ID.String()
+}
+
+func (c *comparison) kind(b, a side, port uint16, v verdicts) change {
+	was, is := v.before.passes(), v.after.passes()
 	_, pb := b.workload.Port(port)
 	_, pa := a.workload.Port(port)
 	switch {
 	case !was && is:
-		return gained, vb, va
+		return gained
 	case was && !is:
-		return lost, vb, va
+		return lost
 	case !pb || !pa: // nothing was guarded where there was no port
-		return same, vb, va
-	case vb.deny == 0 && va.deny != 0:
-		return guarded, vb, va
-	case vb.deny != 0 && va.deny == 0:
-		return unguarded, vb, va
+		return same
+	case v.before.deny == 0 && v.after.deny != 0:
+		return guarded
+	case v.before.deny != 0 && v.after.deny == 0:
+		return unguarded
 	}
-	return same, vb, va
+	return same
 }
 
 // port compares one port of one destination: patterns first, so that an ID is
 // not listed where a listed pattern covers it.
 func (c *comparison) port(b, a side, port Port, dst string, sources []string, regions regions) {
-	kinds := make([]change, len(regions.atoms))
+	found := make([]map[outcome]verdicts, len(regions.atoms))
 	for i, atom := range regions.atoms {
-		kinds[i], _, _ = ask(b, a, atom.witness(), port.Number)
+		found[i] = c.ask(b, a, atom.witness(), port.Number)
 	}
-	shown := map[change][]vector{} // regions already listed
-	report := func(kind change, v vector, src string, name string) {
-		for _, s := range shown[kind] {
-			if s.covers(v) {
+	shown := map[outcome][]vector{} // regions already listed
+	report := func(o outcome, v verdicts, of vector, src, name string) {
+		for _, s := range shown[o] {
+			if s.covers(of) {
 				return
 			}
 		}
-		shown[kind] = append(shown[kind], v)
-		_, vb, va := ask(b, a, src, port.Number)
-		c.record(kind, b, a, vb, va, src, Access{Src: name, Dst: dst, Port: port.Name})
+		shown[o] = append(shown[o], of)
+		c.record(o.kind, b, a, v, src, Access{Src: name, Dst: dst, Port: port.Name, Request: o.request})
 	}
 	for _, p := range regions.patterns {
-		if kind := kinds[p.atoms[0]]; kind != same && !slices.ContainsFunc(p.atoms, func(i int) bool { return kinds[i] != kind }) {
-			report(kind, p.vector, regions.atoms[p.atoms[0]].witness(), c.title(p.vector.String()))
+		first := found[p.atoms[0]]
+		for _, o := range sortedOutcomes(first) {
+			if !slices.ContainsFunc(p.atoms, func(i int) bool { _, ok := found[i][o]; return !ok }) {
+				report(o, first[o], p.vector, regions.atoms[p.atoms[0]].witness(), c.title(p.vector.String()))
+			}
 		}
 	}
 	for i, atom := range regions.atoms {
-		if kinds[i] != same {
-			report(kinds[i], atom, atom.witness(), c.title(atom.String()))
+		for _, o := range sortedOutcomes(found[i]) {
+			report(o, found[i][o], atom, atom.witness(), c.title(atom.String()))
 		}
 	}
 	for _, src := range sources {
-		if kind, _, _ := ask(b, a, src, port.Number); kind != same {
-			report(kind, parseVector(src), src, c.title(src))
+		named := c.ask(b, a, src, port.Number)
+		for _, o := range sortedOutcomes(named) {
+			report(o, named[o], parseVector(src), src, c.title(src))
 		}
 	}
 }
 
+func sortedOutcomes(m map[outcome]verdicts) []outcome {
+	return slices.SortedFunc(maps.Keys(m), func(x, y outcome) int {
+		return cmp.Or(cmp.Compare(x.kind, y.kind), cmp.Compare(x.request, y.request))
+	})
+}
+
 // record enters one difference.
-func (c *comparison) record(kind change, b, a side, vb, va verdict, src string, x Access) {
+func (c *comparison) record(kind change, b, a side, v verdicts, src string, x Access) {
 	d := &c.diff
 	switch kind {
 	case gained:
 		d.adds = true
-		x.Rule = a.rs.rules[va.allow-1].Ref
+		x.Rule = a.rs.rules[v.after.by()].Ref
 		d.keep(&d.Gained, x)
 	case lost:
-		x.Rule = b.rs.rules[vb.allow-1].Ref
-		if va.deny != 0 {
-			x.DeniedBy = a.rs.rules[va.deny-1].Ref
+		x.Rule = b.rs.rules[v.before.by()].Ref
+		if v.after.deny != 0 {
+			x.DeniedBy = a.rs.rules[v.after.deny-1].Ref
 		}
 		d.keep(&d.Lost, x)
 	case guarded:
-		x.Rule = a.rs.rules[va.deny-1].Ref
+		x.Rule = a.rs.rules[v.after.deny-1].Ref
 		d.keep(&d.Guarded, x)
 	case unguarded:
 		_, was := c.before.workloadIndex(src)
@@ -202,7 +307,7 @@ func (c *comparison) record(kind change, b, a side, vb, va verdict, src string, 
 		if !was || is {
 			d.adds = true
 		}
-		x.Rule = b.rs.rules[vb.deny-1].Ref
+		x.Rule = b.rs.rules[v.before.deny-1].Ref
 		d.keep(&d.Unguarded, x)
 	}
 }
@@ -213,12 +318,12 @@ func (c *comparison) fingerprint(s side) []uint64 {
 	out := make([]uint64, 0, len(s.rules))
 	for _, i := range s.rules {
 		rule := &s.rs.rules[i]
-		if len(rule.From) == 0 {
+		if len(rule.From) == 0 && !rule.Anonymous {
 			continue
 		}
 		var h maphash.Hash
 		h.SetSeed(c.seed)
-		h.WriteByte(byte(rule.Effect))
+		fmt.Fprint(&h, rule.say(), rule.Anonymous, rule.HTTP)
 		h.WriteString(strconv.FormatUint(c.hash(rule.From), 16))
 		for _, p := range rule.Ports {
 			h.WriteString(" " + strconv.Itoa(int(p)))
@@ -230,6 +335,9 @@ func (c *comparison) fingerprint(s side) []uint64 {
 }
 
 func (c *comparison) hash(ps []identity.Pattern) uint64 {
+	if len(ps) == 0 {
+		return 0
+	}
 	key := keyOf(ps)
 	sum, ok := c.hashes[key]
 	if !ok {

@@ -2,10 +2,12 @@ package policy
 
 import (
 	"cmp"
+	"fmt"
 	"maps"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // workloads compares the workloads themselves, by ID.
@@ -77,6 +79,33 @@ func (c *comparison) domains() {
 	}
 }
 
+// externals compares the destinations outside.
+func (c *comparison) externals() {
+	describe := func(x External) string {
+		tls := ""
+		if x.TLS {
+			tls = ", TLS"
+		}
+		return fmt.Sprintf("external %s (%s:%d, %s%s)", x.Name, x.Host, x.Port.Number, x.Port.Protocol, tls)
+	}
+	for _, x := range c.after.Externals() {
+		i := slices.IndexFunc(c.before.Externals(), func(o External) bool { return o.Name == x.Name })
+		switch {
+		case i < 0:
+			c.diff.adds = true
+			c.diff.workload("+ %s", describe(x))
+		case describe(c.before.Externals()[i]) != describe(x):
+			c.diff.adds = true // it leads elsewhere
+			c.diff.workload("~ %s", describe(x))
+		}
+	}
+	for _, x := range c.before.Externals() {
+		if !slices.ContainsFunc(c.after.Externals(), func(o External) bool { return o.Name == x.Name }) {
+			c.diff.workload("- %s", describe(x))
+		}
+	}
+}
+
 // template gives the template that is written with this id.
 func (r *Ruleset) template(id string) (CompiledWorkload, bool) {
 	for _, w := range r.Templates() {
@@ -143,6 +172,9 @@ func (w Workload) portTexts() []string {
 	out := make([]string, len(w.Ports))
 	for i, p := range w.Ports {
 		out[i] = p.Name + " (" + strconv.Itoa(int(p.Number)) + " " + string(p.Protocol) + ")"
+		if !p.Plaintext.IsZero() {
+			out[i] += " in plaintext until " + p.Plaintext.Format(time.RFC3339)
+		}
 	}
 	return out
 }

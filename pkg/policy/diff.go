@@ -29,6 +29,8 @@ type Access struct {
 	Src      string  // a workload's name, an ID or a pattern
 	Dst      string  // a workload's name
 	Port     string  // a declared name
+	Request  string  // which requests, as in "POST /v1/charges"; "" is the whole connection
+	When     string  // "from T until T"; "" is always
 	Rule     RuleRef // the rule that allows it (Gained) or did (Lost); else the deny
 	DeniedBy RuleRef // Lost: the deny that takes it away, if one does
 }
@@ -82,8 +84,16 @@ func (d Diff) String() string {
 	return strings.Join(lines, "\n") + "\n"
 }
 
-// String gives SRC → DST:PORT.
-func (a Access) String() string { return a.Src + " → " + a.Dst + ":" + a.Port }
+// String gives SRC → DST:PORT, the requests and the time.
+func (a Access) String() string {
+	s := a.Src + " → " + a.Dst + ":" + a.Port
+	for _, more := range []string{a.Request, a.When} {
+		if more != "" {
+			s += " " + more
+		}
+	}
+	return s
+}
 
 // short gives POLICY FILE:LINE, with the set's name before the policy's where it
 // is not the root set.

@@ -137,6 +137,7 @@ func (m *HeaderMatch) match(lines []string, e Effect) bool {
 
 // requests finds the rules that are about a request.
 type requests struct {
+	all   []condition
 	any   []condition       // of every path
 	paths trie[[]condition] // :: pattern →
 }
@@ -151,6 +152,7 @@ type condition struct {
 func (q *requests) add(rule *Rule, i int32) {
 	for m := range rule.HTTP {
 		c := condition{match: &rule.HTTP[m], rule: i, say: rule.say()}
+		q.all = append(q.all, c)
 		if len(c.match.Paths) == 0 {
 			q.any = append(q.any, c)
 		}
