@@ -22,6 +22,8 @@ const (
 	tagRule     = "sallyport.rule"
 	tagLocation = "sallyport.location"
 	tagReason   = "sallyport.reason"
+	tagAudited  = "sallyport.audited"
+	tagAuditAt  = "sallyport.audited_location"
 	tagOutcome  = "sallyport.outcome"
 	tagError    = "sallyport.error"
 	tagRevision = "sallyport.revision"
@@ -44,7 +46,7 @@ func ToALS(f Flow) *alsdata.TCPAccessLogEntry {
 	}
 	for k, v := range map[string]string{
 		tagPortName: w.PortName, tagRule: w.Rule, tagLocation: w.Location,
-		tagReason: w.Reason, tagError: w.Error, tagRevision: w.Revision, tagInstance: w.Instance,
+		tagAudited: w.Audited, tagAuditAt: w.AuditedAt, tagReason: w.Reason, tagError: w.Error, tagRevision: w.Revision, tagInstance: w.Instance,
 	} {
 		if v != "" {
 			tags[k] = v
@@ -77,7 +79,7 @@ func FromALS(e *alsdata.TCPAccessLogEntry) (Flow, error) {
 	w := wire{
 		ID: c.GetStreamId(), Side: Side(tags[tagSide]), PortName: tags[tagPortName],
 		Verdict: tags[tagVerdict], Would: tags[tagWould], Rule: tags[tagRule],
-		Location: tags[tagLocation], Reason: tags[tagReason], Outcome: Outcome(tags[tagOutcome]),
+		Location: tags[tagLocation], Reason: tags[tagReason], Audited: tags[tagAudited], AuditedAt: tags[tagAuditAt], Outcome: Outcome(tags[tagOutcome]),
 		Error: tags[tagError], Revision: tags[tagRevision], Instance: tags[tagInstance],
 	}
 	local := uriOf(c.GetTlsProperties().GetLocalCertificateProperties())

@@ -85,7 +85,7 @@ func TestNoTextIsUnbounded(t *testing.T) {
 	for key, limit := range map[string]int{
 		"src": identity.MaxIDLength, "dst": identity.MaxIDLength, "reporter": identity.MaxIDLength,
 		"id": 64, "side": 64, "outcome": 64, "revision": 64, "instance": 64,
-		"port_name": 253, "rule": 253, "location": 512, "reason": 256, "error": 256,
+		"port_name": 253, "rule": 253, "location": 512, "audited": 253, "audited_location": 512, "reason": 256, "error": 256,
 		"verdict": 5, "would": 5, "duration_ms": 20,
 	} {
 		for _, text := range []string{huge, "spiffe://shop.example/" + huge, "f\u009b2J:1"} {

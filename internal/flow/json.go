@@ -28,6 +28,8 @@ type wire struct {
 	Rule       string      `json:"rule,omitempty"`
 	Location   string      `json:"location,omitempty"`
 	Reason     string      `json:"reason,omitempty"`
+	Audited    string      `json:"audited,omitempty"`
+	AuditedAt  string      `json:"audited_location,omitempty"`
 	Outcome    Outcome     `json:"outcome"`
 	Error      string      `json:"error,omitempty"`
 	Revision   string      `json:"revision,omitempty"`
@@ -45,6 +47,7 @@ func wireOf(f Flow) wire {
 		Src: f.Src.String(), Dst: f.Dst.String(), Port: f.Port, PortName: f.PortName,
 		Verdict: f.Verdict(), Would: f.Would.String(),
 		Rule: ruleName(f.Rule), Location: f.Rule.Location(), Reason: f.Reason,
+		Audited: ruleName(f.Audited), AuditedAt: f.Audited.Location(),
 		Outcome: f.Outcome, Error: f.Error, Revision: f.Revision,
 		Reporter: f.Reporter, Instance: f.Instance,
 		Sent: f.Sent, Received: f.Received, DurationMS: json.Number(formatMillis(f.Duration)),
@@ -68,6 +71,7 @@ func (w *wire) texts() []bounded {
 	return []bounded{
 		{"id", &w.ID, maxToken}, {"side", (*string)(&w.Side), maxToken}, {"outcome", (*string)(&w.Outcome), maxToken},
 		{"port_name", &w.PortName, maxName}, {"rule", &w.Rule, maxName}, {"location", &w.Location, maxLocation},
+		{"audited", &w.Audited, maxName}, {"audited_location", &w.AuditedAt, maxLocation},
 		{"reason", &w.Reason, MaxText}, {"error", &w.Error, MaxText},
 		{"revision", &w.Revision, maxToken}, {"instance", &w.Instance, maxToken},
 		{"reporter", &w.Reporter, identity.MaxIDLength},
@@ -119,6 +123,9 @@ func (w wire) flow() (Flow, error) {
 		return Flow{}, err
 	}
 	if f.Rule, err = parseRule(w.Rule, w.Location); err != nil {
+		return Flow{}, err
+	}
+	if f.Audited, err = parseRule(w.Audited, w.AuditedAt); err != nil {
 		return Flow{}, err
 	}
 	if f.Duration, err = parseMillis(string(w.DurationMS)); err != nil {

@@ -7,6 +7,7 @@
 package proxy
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"net/http"
@@ -14,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -24,7 +26,10 @@ import (
 // View is what the proxy knows of the mesh at one moment. It is immutable. The
 // zero View refuses everything and knows nobody.
 type View struct {
-	rules    *policy.Ruleset             // nil before the first
+	rules    *policy.Ruleset             // nil before the first; those that hold now
+	written  *policy.Ruleset             // all of them, with their windows of time
+	since    time.Time                   // when rules were made of written
+	edge     time.Time                   // when they have to be made anew; zero: never
 	ports    map[uint16]policy.Port      // declared ports of the own workload
 	maxStale policy.MaxStale             // of the own workload
 	services map[spiffeid.ID]xds.Service // destinations
@@ -66,9 +71,13 @@ func (v *View) decide(q policy.Request) verdict {
 		return out
 	}
 	out.portName = port.Name
-	out.Decision = v.rules.Decide(q)
-	if out.Effect != policy.Allow {
-		out.status = http.StatusForbidden
+	switch d := v.rules.Decide(q); d.Effect {
+	case policy.Allow:
+		out.Decision = d
+	case policy.Inspect:
+		out.status, out.why = http.StatusForbidden, "a rule looks at requests here, and this sidecar does not"
+	default:
+		out.Decision, out.status = d, http.StatusForbidden
 	}
 	return out
 }
@@ -127,8 +136,13 @@ func foreignNames(services map[spiffeid.ID]xds.Service) map[string]spiffeid.ID {
 	return out
 }
 
-// Views holds the newest View. The zero Views is ready and holds the zero View.
+// Views holds the newest View. The zero Views is ready and holds the zero View; its
+// clock is time.Now.
 type Views struct {
+	// Now is the clock that windows of time go by; nil: time.Now. It is set before
+	// the first Apply.
+	Now func() time.Time
+
 	current atomic.Pointer[View]
 
 	mu       sync.Mutex // orders Apply
@@ -165,7 +179,8 @@ func (s *Views) Apply(u xds.Update) {
 	next.revs[u.Kind] = u.Rev
 	switch u.Kind {
 	case xds.Rules:
-		next.rules, next.maxStale = u.Rules, u.MaxStale
+		next.written, next.maxStale = u.Rules, u.MaxStale
+		next.hold(s.now())
 		next.ports = make(map[uint16]policy.Port, len(u.Ports))
 		for _, p := range u.Ports {
 			next.ports[p.Number] = p
@@ -175,10 +190,69 @@ func (s *Views) Apply(u xds.Update) {
 	case xds.Bundles:
 		next.trust++
 	}
-	s.current.Store(&next)
+	s.put(&next, u.Kind)
+}
+
+// put has a view in force. The caller holds mu.
+func (s *Views) put(v *View, changed xds.Kind) {
+	s.current.Store(v)
 	for _, fn := range s.watchers {
-		fn(&next, u.Kind)
+		fn(v, changed)
 	}
+}
+
+func (s *Views) now() time.Time {
+	if s.Now != nil {
+		return s.Now()
+	}
+	return time.Now()
+}
+
+// hold takes those of the rules that hold at t.
+func (v *View) hold(t time.Time) {
+	v.rules, v.edge = v.written.At(t), v.written.Next(t)
+	v.since = t
+}
+
+// windowCheck is how late the edge of a window of time, or a clock that was set, is
+// noticed.
+const windowCheck = 100 * time.Millisecond
+
+// Run keeps windows of time until ctx ends, whether or not the control plane is
+// there: at each edge the rules that hold then are put in force, and connections
+// that they deny are cut. It returns nil.
+func (s *Views) Run(ctx context.Context) error {
+	tick := time.NewTicker(windowCheck)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+			s.turn()
+		}
+	}
+}
+
+// turn puts other rules in force if a window has begun or ended, or if the clock
+// was set back.
+func (s *Views) turn() {
+	now := s.now()
+	if v := s.Load(); !v.due(now) {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	next := *s.Load()
+	if next.due(now) {
+		next.hold(now)
+		s.put(&next, xds.Rules)
+	}
+}
+
+func (v *View) due(now time.Time) bool {
+	passed := !v.edge.IsZero() && !now.Before(v.edge)
+	return passed || v.written != nil && now.Before(v.since)
 }
 
 // Ready returns nil once every kind of resource has arrived, else an error that

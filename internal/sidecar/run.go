@@ -57,6 +57,7 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	base.start(s.book.Run)
 	base.start(s.keeper.Run)
 	base.start(s.near.Run)
+	base.start(s.views.Run)
 	if s.flowLog != nil {
 		base.start(s.flowLog.Run)
 	}

@@ -127,6 +127,7 @@ func (s *Sidecar) open(ctx context.Context, opts Options) error {
 	}
 	s.announce = newAnnouncer(s.log.Named("announce"))
 	s.openHealth()
+	s.views.Now = s.now
 	s.views.Watch(s.viewChanged)
 	s.watchBook()
 	return s.openAdmin(ctx)

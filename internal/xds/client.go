@@ -130,7 +130,7 @@ func (c *Client) request(typeURL string, first bool) *discoveryv3.DeltaDiscovery
 		InitialResourceVersions: c.held[typeURL].versions,
 	}
 	if first {
-		r.Node = &corev3.Node{Id: c.cfg.Instance}
+		r.Node = &corev3.Node{Id: c.cfg.Instance, Metadata: levelMetadata(policy.CurrentLevel)}
 	}
 	if kindOf(typeURL) == Endpoints && len(c.wanted) > 0 {
 		r.ResourceNamesSubscribe = sortedKeys(c.wanted)

@@ -120,7 +120,13 @@ func formOfBundle(td spiffeid.TrustDomain, bundle *spiffebundle.Bundle, last *bu
 // stream of that node asks. Streams of one workload share it.
 type sliceCache struct {
 	rules *policy.Ruleset
-	nodes sync.Map // :: spiffeid.ID → *nodeSlice
+	nodes sync.Map // :: sliceKey → *nodeSlice
+}
+
+// sliceKey is whose slice it is, and what the sidecar understands.
+type sliceKey struct {
+	id    spiffeid.ID
+	level policy.Level
 }
 
 // nodeSlice is one node's part of the rules, in wire form.
@@ -138,17 +144,18 @@ type nodeSlice struct {
 
 // slice returns what id may know of the rules. Its error means that the node's
 // rules have no wire form; the node then keeps what it has.
-func (p *prepared) slice(id spiffeid.ID) *nodeSlice {
+func (p *prepared) slice(id spiffeid.ID, level policy.Level) *nodeSlice {
+	key := sliceKey{id, level}
 	service, known := p.snap.service(id)
 	same := func(n *nodeSlice) bool { return n.known == known && slices.Equal(n.ports, service.Ports) }
 	for {
-		v, ok := p.slices.nodes.Load(id)
+		v, ok := p.slices.nodes.Load(key)
 		n, _ := v.(*nodeSlice)
 		if !ok || !same(n) {
 			fresh := &nodeSlice{known: known, ports: service.Ports}
 			if !ok {
-				v, _ = p.slices.nodes.LoadOrStore(id, fresh)
-			} else if !p.slices.nodes.CompareAndSwap(id, n, fresh) {
+				v, _ = p.slices.nodes.LoadOrStore(key, fresh)
+			} else if !p.slices.nodes.CompareAndSwap(key, n, fresh) {
 				continue // another stream of the same workload was first
 			} else {
 				v = fresh
@@ -156,7 +163,7 @@ func (p *prepared) slice(id spiffeid.ID) *nodeSlice {
 			n = v.(*nodeSlice)
 		}
 		if same(n) {
-			n.once.Do(func() { n.fill(id, p.slices.rules, p.snap.Services) })
+			n.once.Do(func() { n.fill(key, p.slices.rules, p.snap.Services) })
 			return n
 		}
 	}
@@ -165,12 +172,13 @@ func (p *prepared) slice(id spiffeid.ID) *nodeSlice {
 // fill leaves the slice of an ID that is no workload without rules, whatever
 // patterns match it: the node lets nothing in and reaches nothing. Of services it
 // reads the foreign ones, which change with the rules only.
-func (n *nodeSlice) fill(id spiffeid.ID, rules *policy.Ruleset, services map[spiffeid.ID]Service) {
+func (n *nodeSlice) fill(key sliceKey, rules *policy.Ruleset, services map[spiffeid.ID]Service) {
+	id := key.id
 	n.domain = id.TrustDomain()
 	var mine *policy.Ruleset
 	own := door{ports: n.ports}
 	if rules != nil && n.known {
-		mine = rules.For(id)
+		mine, _ = rules.For(id).ForLevel(key.level)
 		w, _ := rules.Workload(id)
 		own.maxStale = w.MaxStale
 		for _, r := range rules.Reach(id) {

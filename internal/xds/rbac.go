@@ -5,10 +5,12 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"net/url"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	rbacv3 "github.com/envoyproxy/go-control-plane/envoy/config/rbac/v3"
@@ -58,27 +60,42 @@ func rbacResource(name string, effect policy.Effect, node spiffeid.ID, fingerpri
 }
 
 // rbacFilter always sets Rules: Envoy reads their absence as "no enforcement",
-// but an empty ALLOW as "deny everything".
+// but an empty ALLOW as "deny everything". Where something is only audited the
+// shadow rules hold the strict set: of denies those in audit mode too, of allows
+// those that are no open door.
 func rbacFilter(effect policy.Effect, fingerprint string, rules []policy.Rule) (*rbacfilterv3.RBAC, error) {
-	out := &rbacv3.RBAC{Action: rbacv3.RBAC_DENY, Policies: make(map[string]*rbacv3.Policy, len(rules))}
+	action := rbacv3.RBAC_DENY
 	switch effect {
 	case policy.Deny:
 	case policy.Allow:
-		out.Action = rbacv3.RBAC_ALLOW
+		action = rbacv3.RBAC_ALLOW
 	default:
 		return nil, fmt.Errorf("encoding rules: effect %d has no wire form", effect)
 	}
+	empty := func() *rbacv3.RBAC { return &rbacv3.RBAC{Action: action, Policies: map[string]*rbacv3.Policy{}} }
+	out, strict := &rbacfilterv3.RBAC{Rules: empty(), StatPrefix: statPrefix + fingerprint}, empty()
+	n := 0
 	for _, r := range rules {
+		if len(r.HTTP) > 0 || r.Anonymous {
+			return nil, fmt.Errorf("encoding rule %s: no sidecar understands its conditions", r.Ref)
+		}
 		principals := principalsOf(r.From)
 		if len(principals) == 0 {
 			continue // matches nobody
 		}
-		out.Policies[ruleKey(len(out.Policies), r)] = &rbacv3.Policy{
-			Permissions: permissionsOf(r.Ports),
-			Principals:  principals,
+		key, p := ruleKey(n, r), &rbacv3.Policy{Permissions: permissionsOf(r), Principals: principals}
+		n++
+		if !r.Audit || effect == policy.Allow {
+			out.Rules.Policies[key] = p
+		}
+		if !r.Audit || effect == policy.Deny {
+			strict.Policies[key] = p
+		}
+		if r.Audit {
+			out.ShadowRules = strict
 		}
 	}
-	return &rbacfilterv3.RBAC{Rules: out, StatPrefix: statPrefix + fingerprint}, nil
+	return out, nil
 }
 
 // ruleKey carries what Envoy has no field for: the rule's place in the order,
@@ -92,19 +109,45 @@ func ruleKey(n int, r policy.Rule) string {
 	} {
 		b.WriteString("&" + f[0] + "=" + url.QueryEscape(f[1]))
 	}
+	if r.Audit {
+		b.WriteString("&audit=1")
+	}
+	if !r.Since.IsZero() {
+		fmt.Fprintf(&b, "&since=%d", r.Since.Unix())
+	}
+	if !r.Until.IsZero() {
+		fmt.Fprintf(&b, "&until=%d", r.Until.Unix())
+	}
 	return b.String()
 }
 
-func permissionsOf(ports []uint16) []*rbacv3.Permission {
-	if len(ports) == 0 {
-		return []*rbacv3.Permission{{Rule: &rbacv3.Permission_Any{Any: true}}}
+// permissionsOf names the ports. Envoy knows no windows of time: an allow that has
+// one also asks for metadata that nothing sets, so that whoever does not understand
+// our key never reads it as wider than it is; a deny holds there at all times.
+func permissionsOf(r policy.Rule) []*rbacv3.Permission {
+	ports := []*rbacv3.Permission{{Rule: &rbacv3.Permission_Any{Any: true}}}
+	if len(r.Ports) > 0 {
+		ports = ports[:0]
+		for _, p := range slices.Compact(slices.Sorted(slices.Values(r.Ports))) {
+			ports = append(ports, &rbacv3.Permission{Rule: &rbacv3.Permission_DestinationPort{DestinationPort: uint32(p)}})
+		}
 	}
-	sorted := slices.Compact(slices.Sorted(slices.Values(ports)))
-	out := make([]*rbacv3.Permission, 0, len(sorted))
-	for _, p := range sorted {
-		out = append(out, &rbacv3.Permission{Rule: &rbacv3.Permission_DestinationPort{DestinationPort: uint32(p)}})
+	if r.Effect == policy.Deny || r.Since.IsZero() && r.Until.IsZero() {
+		return ports
 	}
-	return out
+	for i, p := range ports {
+		ports[i] = &rbacv3.Permission{Rule: &rbacv3.Permission_AndRules{AndRules: &rbacv3.Permission_Set{Rules: []*rbacv3.Permission{p, inWindow()}}}}
+	}
+	return ports
+}
+
+// inWindow matches where our key's window of time is open, which Envoy never finds.
+func inWindow() *rbacv3.Permission {
+	return &rbacv3.Permission{Rule: &rbacv3.Permission_Metadata{Metadata: &matcherv3.MetadataMatcher{
+		Filter: metadataKey,
+		Path:   []*matcherv3.MetadataMatcher_PathSegment{{Segment: &matcherv3.MetadataMatcher_PathSegment_Key{Key: "inWindow"}}},
+		Value:  &matcherv3.ValueMatcher{MatchPattern: &matcherv3.ValueMatcher_BoolMatch{BoolMatch: true}},
+	}}}
 }
 
 func principalsOf(from []identity.Pattern) []*rbacv3.Principal {
@@ -184,7 +227,12 @@ func parseRBAC(node spiffeid.ID, ext *corev3.TypedExtensionConfig) (rbacRules, e
 	if out.fingerprint, err = parseFingerprint(filter.GetStatPrefix()); err != nil {
 		return rbacRules{}, err
 	}
-	if out.rules, err = parseRules(node, effect, filter.GetRules().GetPolicies()); err != nil {
+	policies := maps.Clone(filter.GetRules().GetPolicies())
+	if policies == nil {
+		policies = map[string]*rbacv3.Policy{}
+	}
+	maps.Copy(policies, filter.GetShadowRules().GetPolicies())
+	if out.rules, err = parseRules(node, effect, policies); err != nil {
 		return rbacRules{}, err
 	}
 	want, err := rbacFilter(effect, out.fingerprint, out.rules)
@@ -227,10 +275,21 @@ func parseRuleKey(key string) (policy.Rule, error) {
 	if err != nil {
 		return policy.Rule{}, fmt.Errorf("rule name %.100q: no line number", key)
 	}
-	return policy.Rule{
+	r := policy.Rule{
 		Ref:    policy.RuleRef{Set: v.Get("set"), Policy: v.Get("policy"), File: v.Get("file"), Line: line},
-		Reason: v.Get("reason"),
-	}, nil
+		Reason: v.Get("reason"), Audit: v.Get("audit") == "1",
+	}
+	for name, at := range map[string]*time.Time{"since": &r.Since, "until": &r.Until} {
+		if !v.Has(name) {
+			continue
+		}
+		seconds, err := strconv.ParseInt(v.Get(name), 10, 64)
+		if err != nil {
+			return policy.Rule{}, fmt.Errorf("rule name %.100q: %s is no time", key, name)
+		}
+		*at = time.Unix(seconds, 0).UTC()
+	}
+	return r, nil
 }
 
 // parsePermissions returns nil for "any"; it never does so for a list that it
@@ -241,6 +300,12 @@ func parsePermissions(in []*rbacv3.Permission) ([]uint16, error) {
 	}
 	var out []uint16
 	for _, p := range in {
+		if and := p.GetAndRules().GetRules(); len(and) == 2 { // a window of time; the whole is compared later
+			p = and[0]
+		}
+		if len(in) == 1 && p.GetAny() {
+			return nil, nil
+		}
 		port, ok := p.GetRule().(*rbacv3.Permission_DestinationPort)
 		if !ok || port.DestinationPort > 65535 {
 			return nil, errors.New("a permission is neither a port nor, alone, any")

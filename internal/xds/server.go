@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
+	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
 
 // ServerConfig sets up a [Server]. The zero value of each field but Log is
@@ -222,9 +223,10 @@ type NodeStatus struct {
 	NackRev   Revision  // the revision that it refused; zero without Nack
 	Connected time.Time // when the stream was opened
 
-	SVIDExpires time.Time // not-after of the certificate that opened the stream
-	Unknown     bool      // its ID is no workload of the newest snapshot: it is sent the empty view
-	Revocations bool      // it has acknowledged the newest revocation list, or there is none
+	Level       policy.Level // what it understands of the policy language; 0 before its first request
+	SVIDExpires time.Time    // not-after of the certificate that opened the stream
+	Unknown     bool         // its ID is no workload of the newest snapshot: it is sent the empty view
+	Revocations bool         // it has acknowledged the newest revocation list, or there is none
 
 	complete    bool   // it has asked for all that a sidecar needs
 	revocations string // version of the list that it has acknowledged; "" if none

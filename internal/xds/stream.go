@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc/codes"
@@ -127,7 +128,7 @@ func (st *stream) request(r *discoveryv3.DeltaDiscoveryRequest) error {
 	if err := checkRequest(r); err != nil {
 		return err
 	}
-	if err := st.identify(r.GetNode().GetId()); err != nil {
+	if err := st.identify(r.GetNode()); err != nil {
 		return err
 	}
 	if newMessage(r.GetTypeUrl()) == nil {
@@ -183,9 +184,11 @@ func (st *stream) checkNames() error {
 	return nil
 }
 
-// identify takes the instance from the first request, compares it with the
-// proved one if there is one, and holds the stream to it.
-func (st *stream) identify(instance string) error {
+// identify takes the instance, and what it understands, from the first request,
+// compares the former with the proved one if there is one, and holds the stream to
+// it.
+func (st *stream) identify(node *corev3.Node) error {
+	instance := node.GetId()
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.status.Instance != "" && (instance == "" || instance == st.status.Instance) {
@@ -200,7 +203,7 @@ func (st *stream) identify(instance string) error {
 	if st.srv.cfg.InstanceOf != nil && instance != st.instance {
 		return status.Errorf(codes.PermissionDenied, "node.id is %s, the certificate is for instance %q", instance, st.instance)
 	}
-	st.status.Instance = instance
+	st.status.Instance, st.status.Level = instance, levelOf(node)
 	return nil
 }
 
@@ -211,7 +214,7 @@ func (st *stream) refresh() {
 	if p == nil || len(st.subs) == 0 {
 		return
 	}
-	v := nodeView{p: p, slice: p.slice(st.peer.ID)}
+	v := nodeView{p: p, slice: p.slice(st.peer.ID, st.currentStatus().Level)}
 	for _, typeURL := range wireTypes() {
 		t := st.subs[typeURL]
 		if t == nil || t.pending != nil || t.seen == p {

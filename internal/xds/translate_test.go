@@ -72,8 +72,13 @@ func drawRule(t *rapid.T) policy.Rule {
 		To:     rapid.SliceOfN(rapid.Custom(drawPattern), 1, 3).Draw(t, "to"),
 		Ports:  slices.Sorted(slices.Values(rapid.SliceOfNDistinct(rapid.SampledFrom([]uint16{1, 80, 443, 65535}), 0, 3, rapid.ID).Draw(t, "ports"))),
 		Reason: drawText(t, "reason"),
+		Audit:  rapid.IntRange(0, 3).Draw(t, "audit") == 0,
+		Since:  rapid.SampledFrom(windows).Draw(t, "since"),
+		Until:  rapid.SampledFrom(windows).Draw(t, "until"),
 	}
 }
+
+var windows = []time.Time{{}, {}, {}, time.Unix(1e9, 0).UTC(), time.Unix(2e9, 0).UTC(), time.Unix(2e9+1, 0).UTC()}
 
 // What a sidecar reads decides every connection to it as the original does, by
 // the same rule and with the same reason; and a plain reading of the resources,
@@ -112,7 +117,16 @@ func TestParseTranslateIsIdentityUnderDecide(t *testing.T) {
 				if d := got.Rules.Decide(q); d != want {
 					t.Fatalf("%v: got %+v, want %+v", q, d, want)
 				}
-				if e := envoyAllows(t, res, q); e != (want.Effect == policy.Allow) {
+				for _, at := range []time.Time{time.Unix(0, 0), time.Unix(1e9, 0), time.Unix(2e9, 0), time.Unix(3e9, 0)} {
+					if d, want := got.Rules.At(at).Decide(q), rules.At(at).Decide(q); d != want {
+						t.Fatalf("%v at %v: got %+v, want %+v", q, at, d, want)
+					}
+					if envoyAllows(t, res, q) && rules.At(at).Decide(q).Effect != policy.Allow {
+						t.Fatalf("%v: Envoy allows what is denied at %v", q, at)
+					}
+				}
+				timeless := !slices.ContainsFunc(rules.Rules(), func(r policy.Rule) bool { return !r.Since.IsZero() || !r.Until.IsZero() })
+				if e := envoyAllows(t, res, q); timeless && e != (want.Effect == policy.Allow) {
 					t.Fatalf("%v: Envoy allows %v, want %v", q, e, want.Effect)
 				}
 			}
