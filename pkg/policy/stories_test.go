@@ -4,12 +4,14 @@ import (
 	"flag"
 	"fmt"
 	"io/fs"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
 	"testing/fstest"
+	"time"
 
 	"github.com/rogpeppe/go-internal/txtar"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -24,8 +26,8 @@ var td = spiffeid.RequireTrustDomainFromString("shop.example")
 // folder, and what comes of them. Sections besides files:
 //
 //	errors     what is refused, exactly as shown
-//	decisions  lines SRC DST PORT: what explain says on its first two lines
-//	explain    lines SRC DST PORT, then the full explanation
+//	decisions  lines SRC DST PORT [METHOD /PATH …]: what explain says on its first two lines
+//	explain    the same lines, then the full explanation
 //	reach      lines SRC: DST ...
 //	tests      the output of the policy tests
 //	diff       the difference from the files below before/
@@ -129,7 +131,8 @@ func (s *story) tell(t *testing.T, section, asked string) (string, bool) {
 			if strings.HasPrefix(line, " ") {
 				continue // an earlier answer
 			}
-			full := s.rs.Explain(s.request(t, strings.Fields(line))).String()
+			q, at := s.request(t, strings.Fields(line))
+			full := s.rs.ExplainAt(q, at).String()
 			answer := strings.SplitAfter(full, "\n")
 			if section == "decisions" {
 				b.WriteString(strings.TrimSpace(line) + "\n" + "    " + strings.TrimSpace(strings.SplitN(answer[0], ":", 2)[0]) + ": " + strings.TrimSpace(answer[1]) + "\n")
@@ -172,17 +175,45 @@ func (s *story) id(t *testing.T, ref string) spiffeid.ID {
 	return id
 }
 
-func (s *story) request(t *testing.T, f []string) Request {
-	require.Len(t, f, 3, "want SRC DST PORT")
-	q := Request{Src: s.id(t, f[0]), Dst: s.id(t, f[1])}
-	n, err := strconv.ParseUint(f[2], 10, 16)
-	if err == nil {
-		q.Port = uint16(n)
-		return q
+// request reads SRC DST PORT, then METHOD /PATH, HEADER=VALUE, host=HOST,
+// ISSUER.CLAIM:VALUE and at=TIME, as far as they are there.
+func (s *story) request(t *testing.T, f []string) (Request, time.Time) {
+	require.GreaterOrEqual(t, len(f), 3, "want SRC DST PORT")
+	q := Request{Dst: s.id(t, f[1])}
+	if f[0] != "anonymous" {
+		q.Src = s.id(t, f[0])
 	}
-	w, _ := s.rs.Workload(q.Dst)
-	p, ok := w.PortByName(f[2])
-	require.True(t, ok, "port %s of %s", f[2], f[1])
-	q.Port = p.Number
-	return q
+	if n, err := strconv.ParseUint(f[2], 10, 16); err == nil {
+		q.Port = uint16(n)
+	} else {
+		w, _ := s.rs.Destination(q.Dst)
+		p, ok := w.PortByName(f[2])
+		require.True(t, ok, "port %s of %s", f[2], f[1])
+		q.Port = p.Number
+	}
+	var at time.Time
+	if len(f) > 4 && strings.HasPrefix(f[4], "/") {
+		q.HTTP = &HTTPRequest{Method: f[3], Path: f[4], Header: map[string][]string{}, Claims: map[string]map[string][]string{}}
+		f = f[2:]
+	}
+	for _, word := range f[3:] {
+		key, value, isHeader := strings.Cut(word, "=")
+		switch {
+		case key == "at":
+			var err error
+			at, err = time.Parse(time.RFC3339, value)
+			require.NoError(t, err)
+		case key == "host":
+			q.HTTP.Host = value
+		case isHeader:
+			key = http.CanonicalHeaderKey(key)
+			q.HTTP.Header[key] = append(q.HTTP.Header[key], value)
+		default:
+			claim, value, ok := strings.Cut(word, ":")
+			issuer, claim, ok2 := strings.Cut(claim, ".")
+			require.True(t, ok && ok2, "%q", word)
+			q.HTTP.Claims[issuer] = map[string][]string{claim: {value}}
+		}
+	}
+	return q, at
 }
