@@ -56,6 +56,7 @@ func (c *cli) policy() *cobra.Command {
 				return c.printDiff(policy.Compare(before, after))
 			},
 		},
+		c.policyImpact(&trustDomain), c.policySuggest(&trustDomain),
 	)
 	return p
 }

@@ -37,6 +37,9 @@ func (e Effect) String() string {
 	return "deny"
 }
 
+// MarshalText gives what String gives.
+func (e Effect) MarshalText() ([]byte, error) { return []byte(e.String()), nil }
+
 // Protocol is what a workload's owner declares a port to speak. Nothing sniffs.
 type Protocol string
 
