@@ -1,15 +1,12 @@
 package main
 
 import (
-	"context"
-	"errors"
 	"fmt"
 	"os"
 
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
-	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
 
@@ -32,18 +29,12 @@ func (c *cli) policy() *cobra.Command {
 				return c.printCheck(rules, sets)
 			},
 		},
+		c.policyTest(&trustDomain),
 		&cobra.Command{
-			Use: "test DIR", Short: "Run the PolicyTests of a folder", Args: args("DIR"),
-			RunE: func(_ *cobra.Command, args []string) error {
-				rules, sets, err := load(args[0], trustDomain)
-				if err != nil {
-					return err
-				}
-				return c.printTests(policy.RunTests(rules, sets))
-			},
-		},
-		&cobra.Command{
-			Use: "diff A B", Short: "Say who gains and who loses access from folder A to folder B (or: live)", Args: args("A", "B"),
+			Use: "diff A B", Short: "Say who gains and who loses access from A to B", Args: args("A", "B"),
+			Long: `Diff says who gains and who loses access to what. Each side is a folder, what is in
+force (live), a revision that was applied (live@1.42), or a folder as a git revision
+has it (git:REVISION:FOLDER).`,
 			RunE: func(cmd *cobra.Command, args []string) error {
 				before, err := c.loadSide(cmd.Context(), args[0], trustDomain)
 				if err != nil {
@@ -78,41 +69,6 @@ func load(dir, trustDomain string) (*policy.Ruleset, []*policy.Set, error) {
 		return nil, nil, err
 	}
 	return rules, sets, nil
-}
-
-// loadSide loads a folder, or what is in force where it says "live".
-func (c *cli) loadSide(ctx context.Context, name, trustDomain string) (*policy.Ruleset, error) {
-	if name != "live" {
-		rules, _, err := load(name, trustDomain)
-		return rules, err
-	}
-	var sets []*policy.Set
-	err := c.admin(ctx, func(ctx context.Context, a sallyportv1.AdminClient) error {
-		resp, err := a.Files(ctx, &sallyportv1.FilesRequest{})
-		if err != nil {
-			return err
-		}
-		for _, s := range resp.GetSets() {
-			set, err := policy.ParseFiles(s.GetName(), s.GetFiles())
-			if err != nil {
-				return err
-			}
-			sets = append(sets, set)
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	td, err := spiffeid.TrustDomainFromString(trustDomain)
-	if err != nil {
-		return nil, fmt.Errorf("--trust-domain %s: %w", trustDomain, err)
-	}
-	rules, err := policy.Compile(td, sets)
-	if errors.Is(err, policy.ErrNoWorkload) {
-		return policy.NewRuleset(nil), nil // nothing was ever applied
-	}
-	return rules, err
 }
 
 func (c *cli) printCheck(rules *policy.Ruleset, sets []*policy.Set) error {

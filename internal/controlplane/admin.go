@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -46,6 +48,7 @@ type adminServer struct {
 	federation  *federation.Manager
 	bundle      func() *spiffebundle.Bundle // the own trust domain's
 	enrolment   func() error                // why nobody enrols here; nil: they do
+	now         func() time.Time
 }
 
 // CreateToken implements the RPC.
@@ -82,7 +85,7 @@ func (a *adminServer) Explain(_ context.Context, req *sallyportv1.ExplainRequest
 		if !ok {
 			return nil, status.Errorf(codes.NotFound, "no flow record with decision id %q is held", id)
 		}
-		e := explain(state.Rules, f.Request, f.PortName)
+		e := explain(state.Rules, f.Request, f.Start, f.PortName)
 		e.Note = recorded(f, state.Rev.String())
 		return &sallyportv1.ExplainResponse{Explanations: []*sallyportv1.Explanation{e}}, nil
 	}
@@ -98,9 +101,17 @@ func (a *adminServer) Explain(_ context.Context, req *sallyportv1.ExplainRequest
 	if err != nil {
 		return nil, err
 	}
+	request, err := explainRequest(req)
+	if err != nil {
+		return nil, err
+	}
+	at := a.now()
+	if req.GetAt() != nil {
+		at = req.GetAt().AsTime()
+	}
 	resp := &sallyportv1.ExplainResponse{}
 	for _, p := range ports {
-		e := explain(state.Rules, policy.Request{Src: from, Dst: to, Port: p.Number}, p.Name)
+		e := explain(state.Rules, policy.Request{Src: from, Dst: to, Port: p.Number, HTTP: request}, at, p.Name)
 		if _, known := state.Rules.Workload(from); !known {
 			e.Note = strings.TrimPrefix(e.Note+"; no Workload of this mesh is "+from.String(), "; ")
 		}
@@ -165,8 +176,28 @@ func explainPorts(rules *policy.Ruleset, to spiffeid.ID, port string) ([]policy.
 	return w.Ports[i : i+1], nil
 }
 
-func explain(rules *policy.Ruleset, q policy.Request, portName string) *sallyportv1.Explanation {
-	e := rules.Explain(q)
+// explainRequest reads the request that is asked about; nil: the connection.
+func explainRequest(req *sallyportv1.ExplainRequest) (*policy.HTTPRequest, error) {
+	if req.GetMethod() == "" && req.GetPath() == "" {
+		if req.GetHost() != "" || len(req.GetHeaders()) > 0 {
+			return nil, status.Error(codes.InvalidArgument, "a host or headers without a request: name method and path too")
+		}
+		return nil, nil
+	}
+	out := &policy.HTTPRequest{Method: req.GetMethod(), Path: req.GetPath(), Host: req.GetHost(), Header: map[string][]string{}}
+	for _, line := range req.GetHeaders() {
+		name, value, ok := strings.Cut(line, ":")
+		if !ok {
+			return nil, status.Errorf(codes.InvalidArgument, "header %q: want name: value", line)
+		}
+		name = http.CanonicalHeaderKey(strings.TrimSpace(name))
+		out.Header[name] = append(out.Header[name], strings.TrimSpace(value))
+	}
+	return out, nil
+}
+
+func explain(rules *policy.Ruleset, q policy.Request, at time.Time, portName string) *sallyportv1.Explanation {
+	e := rules.ExplainAt(q, at)
 	if portName == "" {
 		portName = strconv.Itoa(int(q.Port))
 	}
@@ -174,11 +205,19 @@ func explain(rules *policy.Ruleset, q policy.Request, portName string) *sallypor
 		From: q.Src.String(), To: q.Dst.String(), Port: portName,
 		Verdict: e.Effect.String(), Reason: e.Reason, Missed: e.Missed, Note: e.Note,
 	}
-	if !e.Rule.IsZero() {
-		out.Rule, out.Location = ruleName(e.Rule), e.Rule.Location()
+	if q.HTTP != nil {
+		out.Request = q.HTTP.Method + " " + q.HTTP.Path
 	}
-	if !e.Nearest.IsZero() {
-		out.Nearest, out.NearestLocation = ruleName(e.Nearest), e.Nearest.Location()
+	if e.Would != e.Effect {
+		out.Would = e.Would.String()
+	}
+	for _, r := range []struct {
+		ref            policy.RuleRef
+		name, location *string
+	}{{e.Rule, &out.Rule, &out.Location}, {e.Nearest, &out.Nearest, &out.NearestLocation}, {e.Audited, &out.Audited, &out.AuditedLocation}} {
+		if !r.ref.IsZero() {
+			*r.name, *r.location = ruleName(r.ref), r.ref.Location()
+		}
 	}
 	return out
 }

@@ -258,7 +258,7 @@ func (c *ControlPlane) adminServer() *grpc.Server {
 	s := grpc.NewServer(grpc.Creds(localCredentials{}), grpc.MaxRecvMsgSize(maxAdminMessage), grpc.MaxSendMsgSize(maxAdminMessage))
 	sallyportv1.RegisterAdminServer(s, &adminServer{
 		trustDomain: c.authority.TrustDomain(), catalog: c.catalog, audit: c.audit, registry: c.registry,
-		xds: c.xds, flows: c.flows, reconciler: c.reconciler, revoker: c.revoker, ca: c.ca, verifiers: c.verifiers, federation: c.federation, bundle: c.authority.Bundle, enrolment: c.refuseToken,
+		xds: c.xds, flows: c.flows, reconciler: c.reconciler, revoker: c.revoker, ca: c.ca, verifiers: c.verifiers, federation: c.federation, bundle: c.authority.Bundle, enrolment: c.refuseToken, now: c.opts.Now,
 		status: &statusReporter{
 			version: c.opts.Version, source: source, started: c.opts.Now(), problems: []func() string{c.catalog.Problem, c.authorityTrouble, c.revoker.trouble},
 			authorities: c.authorities, instances: c.instances, xds: c.xds, reconciler: c.reconciler,

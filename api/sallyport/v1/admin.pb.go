@@ -1391,7 +1391,14 @@ type ExplainRequest struct {
 	To    string                 `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
 	Port  string                 `protobuf:"bytes,3,opt,name=port,proto3" json:"port,omitempty"` // name or number; empty: every declared port
 	// Alternatively: the decision of a flow record that is still held.
-	DecisionId    string `protobuf:"bytes,4,opt,name=decision_id,json=decisionId,proto3" json:"decision_id,omitempty"`
+	DecisionId string `protobuf:"bytes,4,opt,name=decision_id,json=decisionId,proto3" json:"decision_id,omitempty"`
+	// One request; empty: the connection. Headers are "name: value", one line each.
+	Method  string   `protobuf:"bytes,5,opt,name=method,proto3" json:"method,omitempty"`
+	Path    string   `protobuf:"bytes,6,opt,name=path,proto3" json:"path,omitempty"`
+	Host    string   `protobuf:"bytes,7,opt,name=host,proto3" json:"host,omitempty"`
+	Headers []string `protobuf:"bytes,8,rep,name=headers,proto3" json:"headers,omitempty"`
+	// When; absent: now.
+	At            *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=at,proto3" json:"at,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1454,6 +1461,41 @@ func (x *ExplainRequest) GetDecisionId() string {
 	return ""
 }
 
+func (x *ExplainRequest) GetMethod() string {
+	if x != nil {
+		return x.Method
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetHeaders() []string {
+	if x != nil {
+		return x.Headers
+	}
+	return nil
+}
+
+func (x *ExplainRequest) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
 type ExplainResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Explanations  []*Explanation         `protobuf:"bytes,1,rep,name=explanations,proto3" json:"explanations,omitempty"`
@@ -1503,7 +1545,7 @@ type Explanation struct {
 	From    string                 `protobuf:"bytes,1,opt,name=from,proto3" json:"from,omitempty"`
 	To      string                 `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
 	Port    string                 `protobuf:"bytes,3,opt,name=port,proto3" json:"port,omitempty"`
-	Verdict string                 `protobuf:"bytes,4,opt,name=verdict,proto3" json:"verdict,omitempty"` // allow | deny
+	Verdict string                 `protobuf:"bytes,4,opt,name=verdict,proto3" json:"verdict,omitempty"` // allow | inspect | deny
 	// The deciding rule; empty: no rule names this pair.
 	Rule     string `protobuf:"bytes,5,opt,name=rule,proto3" json:"rule,omitempty"`
 	Location string `protobuf:"bytes,6,opt,name=location,proto3" json:"location,omitempty"` // file:line
@@ -1513,6 +1555,12 @@ type Explanation struct {
 	NearestLocation string `protobuf:"bytes,9,opt,name=nearest_location,json=nearestLocation,proto3" json:"nearest_location,omitempty"`
 	Missed          string `protobuf:"bytes,10,opt,name=missed,proto3" json:"missed,omitempty"`
 	Note            string `protobuf:"bytes,11,opt,name=note,proto3" json:"note,omitempty"` // what else to know
+	// What full enforcement says, where that is something else than verdict, and the
+	// deny in audit mode that is why; without one, rule is an open door.
+	Would           string `protobuf:"bytes,12,opt,name=would,proto3" json:"would,omitempty"`
+	Audited         string `protobuf:"bytes,13,opt,name=audited,proto3" json:"audited,omitempty"`
+	AuditedLocation string `protobuf:"bytes,14,opt,name=audited_location,json=auditedLocation,proto3" json:"audited_location,omitempty"`
+	Request         string `protobuf:"bytes,15,opt,name=request,proto3" json:"request,omitempty"` // METHOD PATH; empty: the connection
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1620,6 +1668,34 @@ func (x *Explanation) GetMissed() string {
 func (x *Explanation) GetNote() string {
 	if x != nil {
 		return x.Note
+	}
+	return ""
+}
+
+func (x *Explanation) GetWould() string {
+	if x != nil {
+		return x.Would
+	}
+	return ""
+}
+
+func (x *Explanation) GetAudited() string {
+	if x != nil {
+		return x.Audited
+	}
+	return ""
+}
+
+func (x *Explanation) GetAuditedLocation() string {
+	if x != nil {
+		return x.AuditedLocation
+	}
+	return ""
+}
+
+func (x *Explanation) GetRequest() string {
+	if x != nil {
+		return x.Request
 	}
 	return ""
 }
@@ -2796,15 +2872,20 @@ const file_admin_proto_rawDesc = "" +
 	"\x05acked\x18\x04 \x01(\tR\x05acked\x12\x12\n" +
 	"\x04nack\x18\x05 \x01(\tR\x04nack\x12\x1c\n" +
 	"\tconnected\x18\x06 \x01(\bR\tconnected\x12\x18\n" +
-	"\arevoked\x18\a \x01(\bR\arevoked\"i\n" +
+	"\arevoked\x18\a \x01(\bR\arevoked\"\xef\x01\n" +
 	"\x0eExplainRequest\x12\x12\n" +
 	"\x04from\x18\x01 \x01(\tR\x04from\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\tR\x02to\x12\x12\n" +
 	"\x04port\x18\x03 \x01(\tR\x04port\x12\x1f\n" +
 	"\vdecision_id\x18\x04 \x01(\tR\n" +
-	"decisionId\"P\n" +
+	"decisionId\x12\x16\n" +
+	"\x06method\x18\x05 \x01(\tR\x06method\x12\x12\n" +
+	"\x04path\x18\x06 \x01(\tR\x04path\x12\x12\n" +
+	"\x04host\x18\a \x01(\tR\x04host\x12\x18\n" +
+	"\aheaders\x18\b \x03(\tR\aheaders\x12*\n" +
+	"\x02at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"P\n" +
 	"\x0fExplainResponse\x12=\n" +
-	"\fexplanations\x18\x01 \x03(\v2\x19.sallyport.v1.ExplanationR\fexplanations\"\x98\x02\n" +
+	"\fexplanations\x18\x01 \x03(\v2\x19.sallyport.v1.ExplanationR\fexplanations\"\x8d\x03\n" +
 	"\vExplanation\x12\x12\n" +
 	"\x04from\x18\x01 \x01(\tR\x04from\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\tR\x02to\x12\x12\n" +
@@ -2817,7 +2898,11 @@ const file_admin_proto_rawDesc = "" +
 	"\x10nearest_location\x18\t \x01(\tR\x0fnearestLocation\x12\x16\n" +
 	"\x06missed\x18\n" +
 	" \x01(\tR\x06missed\x12\x12\n" +
-	"\x04note\x18\v \x01(\tR\x04note\"z\n" +
+	"\x04note\x18\v \x01(\tR\x04note\x12\x14\n" +
+	"\x05would\x18\f \x01(\tR\x05would\x12\x18\n" +
+	"\aaudited\x18\r \x01(\tR\aaudited\x12)\n" +
+	"\x10audited_location\x18\x0e \x01(\tR\x0fauditedLocation\x12\x18\n" +
+	"\arequest\x18\x0f \x01(\tR\arequest\"z\n" +
 	"\fFlowsRequest\x12\x16\n" +
 	"\x06follow\x18\x01 \x01(\bR\x06follow\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\rR\x05limit\x12\x12\n" +
@@ -3009,59 +3094,60 @@ var file_admin_proto_depIdxs = []int32{
 	44, // 17: sallyport.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
 	20, // 18: sallyport.v1.WorkloadStatus.instances:type_name -> sallyport.v1.InstanceStatus
 	44, // 19: sallyport.v1.InstanceStatus.svid_expires:type_name -> google.protobuf.Timestamp
-	23, // 20: sallyport.v1.ExplainResponse.explanations:type_name -> sallyport.v1.Explanation
-	28, // 21: sallyport.v1.IdentitiesResponse.identities:type_name -> sallyport.v1.Identity
-	29, // 22: sallyport.v1.IdentitiesResponse.revocations:type_name -> sallyport.v1.Revocation
-	44, // 23: sallyport.v1.Identity.enrolled:type_name -> google.protobuf.Timestamp
-	44, // 24: sallyport.v1.Identity.expires:type_name -> google.protobuf.Timestamp
-	44, // 25: sallyport.v1.Revocation.since:type_name -> google.protobuf.Timestamp
-	44, // 26: sallyport.v1.Revocation.until:type_name -> google.protobuf.Timestamp
-	43, // 27: sallyport.v1.RevokeRequest.wait:type_name -> google.protobuf.Duration
-	43, // 28: sallyport.v1.BanRequest.wait:type_name -> google.protobuf.Duration
-	41, // 29: sallyport.v1.ExplainIdentityRequest.selectors:type_name -> sallyport.v1.ExplainIdentityRequest.SelectorsEntry
-	42, // 30: sallyport.v1.ExplainIdentityResponse.selectors:type_name -> sallyport.v1.ExplainIdentityResponse.SelectorsEntry
-	35, // 31: sallyport.v1.ExplainIdentityResponse.matches:type_name -> sallyport.v1.IdentityMatch
-	45, // 32: sallyport.v1.ExplainIdentityRequest.SelectorsEntry.value:type_name -> sallyport.v1.Values
-	45, // 33: sallyport.v1.ExplainIdentityResponse.SelectorsEntry.value:type_name -> sallyport.v1.Values
-	1,  // 34: sallyport.v1.Admin.Apply:input_type -> sallyport.v1.ApplyRequest
-	2,  // 35: sallyport.v1.Admin.RemoveSet:input_type -> sallyport.v1.RemoveSetRequest
-	3,  // 36: sallyport.v1.Admin.Rollback:input_type -> sallyport.v1.RollbackRequest
-	5,  // 37: sallyport.v1.Admin.History:input_type -> sallyport.v1.HistoryRequest
-	8,  // 38: sallyport.v1.Admin.Files:input_type -> sallyport.v1.FilesRequest
-	10, // 39: sallyport.v1.Admin.Audit:input_type -> sallyport.v1.AuditRequest
-	13, // 40: sallyport.v1.Admin.CreateToken:input_type -> sallyport.v1.CreateTokenRequest
-	15, // 41: sallyport.v1.Admin.Status:input_type -> sallyport.v1.StatusRequest
-	21, // 42: sallyport.v1.Admin.Explain:input_type -> sallyport.v1.ExplainRequest
-	24, // 43: sallyport.v1.Admin.Flows:input_type -> sallyport.v1.FlowsRequest
-	26, // 44: sallyport.v1.Admin.Identities:input_type -> sallyport.v1.IdentitiesRequest
-	30, // 45: sallyport.v1.Admin.Revoke:input_type -> sallyport.v1.RevokeRequest
-	30, // 46: sallyport.v1.Admin.Unrevoke:input_type -> sallyport.v1.RevokeRequest
-	32, // 47: sallyport.v1.Admin.Ban:input_type -> sallyport.v1.BanRequest
-	33, // 48: sallyport.v1.Admin.ExplainIdentity:input_type -> sallyport.v1.ExplainIdentityRequest
-	36, // 49: sallyport.v1.Admin.Taint:input_type -> sallyport.v1.TaintRequest
-	38, // 50: sallyport.v1.Admin.TrustBundle:input_type -> sallyport.v1.TrustBundleRequest
-	4,  // 51: sallyport.v1.Admin.Apply:output_type -> sallyport.v1.ApplyResponse
-	4,  // 52: sallyport.v1.Admin.RemoveSet:output_type -> sallyport.v1.ApplyResponse
-	4,  // 53: sallyport.v1.Admin.Rollback:output_type -> sallyport.v1.ApplyResponse
-	6,  // 54: sallyport.v1.Admin.History:output_type -> sallyport.v1.HistoryResponse
-	9,  // 55: sallyport.v1.Admin.Files:output_type -> sallyport.v1.FilesResponse
-	11, // 56: sallyport.v1.Admin.Audit:output_type -> sallyport.v1.AuditResponse
-	14, // 57: sallyport.v1.Admin.CreateToken:output_type -> sallyport.v1.CreateTokenResponse
-	16, // 58: sallyport.v1.Admin.Status:output_type -> sallyport.v1.StatusResponse
-	22, // 59: sallyport.v1.Admin.Explain:output_type -> sallyport.v1.ExplainResponse
-	25, // 60: sallyport.v1.Admin.Flows:output_type -> sallyport.v1.FlowsResponse
-	27, // 61: sallyport.v1.Admin.Identities:output_type -> sallyport.v1.IdentitiesResponse
-	31, // 62: sallyport.v1.Admin.Revoke:output_type -> sallyport.v1.RevokeResponse
-	31, // 63: sallyport.v1.Admin.Unrevoke:output_type -> sallyport.v1.RevokeResponse
-	31, // 64: sallyport.v1.Admin.Ban:output_type -> sallyport.v1.RevokeResponse
-	34, // 65: sallyport.v1.Admin.ExplainIdentity:output_type -> sallyport.v1.ExplainIdentityResponse
-	37, // 66: sallyport.v1.Admin.Taint:output_type -> sallyport.v1.TaintResponse
-	39, // 67: sallyport.v1.Admin.TrustBundle:output_type -> sallyport.v1.TrustBundleResponse
-	51, // [51:68] is the sub-list for method output_type
-	34, // [34:51] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	44, // 20: sallyport.v1.ExplainRequest.at:type_name -> google.protobuf.Timestamp
+	23, // 21: sallyport.v1.ExplainResponse.explanations:type_name -> sallyport.v1.Explanation
+	28, // 22: sallyport.v1.IdentitiesResponse.identities:type_name -> sallyport.v1.Identity
+	29, // 23: sallyport.v1.IdentitiesResponse.revocations:type_name -> sallyport.v1.Revocation
+	44, // 24: sallyport.v1.Identity.enrolled:type_name -> google.protobuf.Timestamp
+	44, // 25: sallyport.v1.Identity.expires:type_name -> google.protobuf.Timestamp
+	44, // 26: sallyport.v1.Revocation.since:type_name -> google.protobuf.Timestamp
+	44, // 27: sallyport.v1.Revocation.until:type_name -> google.protobuf.Timestamp
+	43, // 28: sallyport.v1.RevokeRequest.wait:type_name -> google.protobuf.Duration
+	43, // 29: sallyport.v1.BanRequest.wait:type_name -> google.protobuf.Duration
+	41, // 30: sallyport.v1.ExplainIdentityRequest.selectors:type_name -> sallyport.v1.ExplainIdentityRequest.SelectorsEntry
+	42, // 31: sallyport.v1.ExplainIdentityResponse.selectors:type_name -> sallyport.v1.ExplainIdentityResponse.SelectorsEntry
+	35, // 32: sallyport.v1.ExplainIdentityResponse.matches:type_name -> sallyport.v1.IdentityMatch
+	45, // 33: sallyport.v1.ExplainIdentityRequest.SelectorsEntry.value:type_name -> sallyport.v1.Values
+	45, // 34: sallyport.v1.ExplainIdentityResponse.SelectorsEntry.value:type_name -> sallyport.v1.Values
+	1,  // 35: sallyport.v1.Admin.Apply:input_type -> sallyport.v1.ApplyRequest
+	2,  // 36: sallyport.v1.Admin.RemoveSet:input_type -> sallyport.v1.RemoveSetRequest
+	3,  // 37: sallyport.v1.Admin.Rollback:input_type -> sallyport.v1.RollbackRequest
+	5,  // 38: sallyport.v1.Admin.History:input_type -> sallyport.v1.HistoryRequest
+	8,  // 39: sallyport.v1.Admin.Files:input_type -> sallyport.v1.FilesRequest
+	10, // 40: sallyport.v1.Admin.Audit:input_type -> sallyport.v1.AuditRequest
+	13, // 41: sallyport.v1.Admin.CreateToken:input_type -> sallyport.v1.CreateTokenRequest
+	15, // 42: sallyport.v1.Admin.Status:input_type -> sallyport.v1.StatusRequest
+	21, // 43: sallyport.v1.Admin.Explain:input_type -> sallyport.v1.ExplainRequest
+	24, // 44: sallyport.v1.Admin.Flows:input_type -> sallyport.v1.FlowsRequest
+	26, // 45: sallyport.v1.Admin.Identities:input_type -> sallyport.v1.IdentitiesRequest
+	30, // 46: sallyport.v1.Admin.Revoke:input_type -> sallyport.v1.RevokeRequest
+	30, // 47: sallyport.v1.Admin.Unrevoke:input_type -> sallyport.v1.RevokeRequest
+	32, // 48: sallyport.v1.Admin.Ban:input_type -> sallyport.v1.BanRequest
+	33, // 49: sallyport.v1.Admin.ExplainIdentity:input_type -> sallyport.v1.ExplainIdentityRequest
+	36, // 50: sallyport.v1.Admin.Taint:input_type -> sallyport.v1.TaintRequest
+	38, // 51: sallyport.v1.Admin.TrustBundle:input_type -> sallyport.v1.TrustBundleRequest
+	4,  // 52: sallyport.v1.Admin.Apply:output_type -> sallyport.v1.ApplyResponse
+	4,  // 53: sallyport.v1.Admin.RemoveSet:output_type -> sallyport.v1.ApplyResponse
+	4,  // 54: sallyport.v1.Admin.Rollback:output_type -> sallyport.v1.ApplyResponse
+	6,  // 55: sallyport.v1.Admin.History:output_type -> sallyport.v1.HistoryResponse
+	9,  // 56: sallyport.v1.Admin.Files:output_type -> sallyport.v1.FilesResponse
+	11, // 57: sallyport.v1.Admin.Audit:output_type -> sallyport.v1.AuditResponse
+	14, // 58: sallyport.v1.Admin.CreateToken:output_type -> sallyport.v1.CreateTokenResponse
+	16, // 59: sallyport.v1.Admin.Status:output_type -> sallyport.v1.StatusResponse
+	22, // 60: sallyport.v1.Admin.Explain:output_type -> sallyport.v1.ExplainResponse
+	25, // 61: sallyport.v1.Admin.Flows:output_type -> sallyport.v1.FlowsResponse
+	27, // 62: sallyport.v1.Admin.Identities:output_type -> sallyport.v1.IdentitiesResponse
+	31, // 63: sallyport.v1.Admin.Revoke:output_type -> sallyport.v1.RevokeResponse
+	31, // 64: sallyport.v1.Admin.Unrevoke:output_type -> sallyport.v1.RevokeResponse
+	31, // 65: sallyport.v1.Admin.Ban:output_type -> sallyport.v1.RevokeResponse
+	34, // 66: sallyport.v1.Admin.ExplainIdentity:output_type -> sallyport.v1.ExplainIdentityResponse
+	37, // 67: sallyport.v1.Admin.Taint:output_type -> sallyport.v1.TaintResponse
+	39, // 68: sallyport.v1.Admin.TrustBundle:output_type -> sallyport.v1.TrustBundleResponse
+	52, // [52:69] is the sub-list for method output_type
+	35, // [35:52] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_admin_proto_init() }
