@@ -208,9 +208,9 @@ func TestPortsAndRulesSwapTogether(t *testing.T) {
 	open := allow(t, "open", "spiffe://shop.example/**", "spiffe://shop.example/orders")
 	guard := allow(t, "guard", "spiffe://shop.example/**", "spiffe://shop.example/orders", 90)
 	guard.Effect = policy.Deny
-	before, err := ownResources(orders, door{ports: []policy.Port{http}}, policy.NewRuleset([]policy.Rule{open}))
+	before, err := ownResources(orders, door{ports: []policy.Port{http}}, policy.NewRuleset([]policy.Rule{open}), policy.CurrentLevel)
 	require.NoError(t, err)
-	after, err := ownResources(orders, door{ports: []policy.Port{http, admin}}, policy.NewRuleset([]policy.Rule{open, guard}))
+	after, err := ownResources(orders, door{ports: []policy.Port{http, admin}}, policy.NewRuleset([]policy.Rule{open, guard}), policy.CurrentLevel)
 	require.NoError(t, err)
 	for _, order := range [][]string{{ListenerType, ExtensionType}, {ExtensionType, ListenerType}} {
 		c := newSidecar("/orders").Client
@@ -233,9 +233,9 @@ func TestPortsAndRulesSwapTogether(t *testing.T) {
 
 // Denies and allows that were made for different ports are no rules.
 func TestMixedRulesRefused(t *testing.T) {
-	one, err := ownResources(id("/orders"), door{ports: nil}, nil)
+	one, err := ownResources(id("/orders"), door{ports: nil}, nil, policy.CurrentLevel)
 	require.NoError(t, err)
-	two, err := ownResources(id("/orders"), door{ports: service("/orders").Ports}, nil)
+	two, err := ownResources(id("/orders"), door{ports: service("/orders").Ports}, nil, policy.CurrentLevel)
 	require.NoError(t, err)
 	c := newSidecar("/orders").Client
 	_, err = deliver(t, c, ListenerType, "1.1", nil, one[ListenerType]...)
@@ -254,7 +254,7 @@ func TestRemovedRulesDeny(t *testing.T) {
 		{ExtensionType, DenyRules}, {ExtensionType, AllowRules}, {ListenerType, id("/orders").String()},
 	} {
 		c := newSidecar("/orders").Client
-		res, err := ownResources(id("/orders"), door{ports: nil}, policy.NewRuleset(shopMesh(t).rules))
+		res, err := ownResources(id("/orders"), door{ports: nil}, policy.NewRuleset(shopMesh(t).rules), policy.CurrentLevel)
 		require.NoError(t, err)
 		_, err = deliver(t, c, ListenerType, "1.1", nil, res[ListenerType]...)
 		require.NoError(t, err)
@@ -271,7 +271,7 @@ func TestRemovedRulesDeny(t *testing.T) {
 }
 
 func TestClientRefuses(t *testing.T) {
-	others, err := ownResources(id("/payments"), door{ports: nil}, nil)
+	others, err := ownResources(id("/payments"), door{ports: nil}, nil, policy.CurrentLevel)
 	require.NoError(t, err)
 	cluster, err := clusterResource(service("/payments"))
 	require.NoError(t, err)

@@ -192,7 +192,7 @@ func (n *nodeSlice) fill(key sliceKey, rules *policy.Ruleset, services map[spiff
 	if n.err != nil {
 		return
 	}
-	if n.resources, n.err = ownResources(id, own, mine); n.err != nil {
+	if n.resources, n.err = ownResources(id, own, mine, key.level); n.err != nil {
 		return
 	}
 	for _, list := range n.resources {

@@ -30,6 +30,7 @@ const (
 
 	RevocationType = "type.googleapis.com/sallyport.v1.SignedRevocationList"
 
+	httpRBACType    = "type.googleapis.com/envoy.extensions.filters.http.rbac.v3.RBAC"
 	rbacType        = "type.googleapis.com/envoy.extensions.filters.network.rbac.v3.RBAC"
 	upstreamTLSType = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
 )
@@ -99,6 +100,13 @@ type Resources struct {
 const (
 	DenyRules  = "rbac-deny"
 	AllowRules = "rbac-allow"
+)
+
+// Names of the two that hold all of a node's rules, for a node that reads requests.
+// There the first two hold what is left of them for whoever does not.
+const (
+	HTTPDenyRules  = "rbac-http-deny"
+	HTTPAllowRules = "rbac-http-allow"
 )
 
 const metadataKey = "sallyport" // filter_metadata namespace of declared ports and instances

@@ -7,8 +7,10 @@ import (
 	"slices"
 	"strings"
 
+	rbacfilterv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/rbac/v3"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
@@ -72,10 +74,57 @@ func rulesOf(node spiffeid.ID, listeners, extensions map[string]any) (rulesState
 	case deny.fingerprint != allow.fingerprint:
 		return rulesState{}, fmt.Errorf("parsing rules: %s and %s were made for different ports", DenyRules, AllowRules)
 	}
+	rules, err := fullRules(deny, allow, extensions)
+	if err != nil {
+		return rulesState{}, err
+	}
 	return rulesState{
 		complete: true,
 		matched:  deny.fingerprint == fingerprintOf(own.ports),
-		rules:    policy.NewRuleset(slices.Concat(deny.rules, allow.rules)),
+		rules:    rules,
 		door:     own,
 	}, nil
+}
+
+// fullRules are those of requests where they are there. Then the others must be
+// what is left of them for connections.
+func fullRules(deny, allow rbacRules, extensions map[string]any) (*policy.Ruleset, error) {
+	narrow := policy.NewRuleset(slices.Concat(deny.rules, allow.rules))
+	httpDeny, ok1 := extensions[HTTPDenyRules].(rbacRules)
+	httpAllow, ok2 := extensions[HTTPAllowRules].(rbacRules)
+	switch {
+	case !ok1 && !ok2:
+		return narrow, nil
+	case !ok1 || !ok2 || httpDeny.fingerprint != deny.fingerprint || httpAllow.fingerprint != deny.fingerprint:
+		return nil, fmt.Errorf("parsing rules: %s and %s do not belong together, or to the other rules", HTTPDenyRules, HTTPAllowRules)
+	}
+	full := policy.NewRuleset(slices.Concat(httpDeny.rules, httpAllow.rules))
+	want, _ := full.ForLevel(policy.LevelWindows)
+	if !sameRules(want, narrow) {
+		return nil, fmt.Errorf("parsing rules: %s and %s are not what is left of the rules about requests", DenyRules, AllowRules)
+	}
+	return full, nil
+}
+
+// sameRules compares what two rulesets look like on the wire.
+func sameRules(a, b *policy.Ruleset) bool {
+	for _, effect := range []policy.Effect{policy.Deny, policy.Allow} {
+		of := func(r *policy.Ruleset) *rbacfilterv3.RBAC {
+			var list []policy.Rule
+			for _, rule := range r.Rules() {
+				if rule.Effect == effect {
+					list = append(list, rule)
+				}
+			}
+			f, err := rbacFilter(effect, "", list)
+			if err != nil {
+				return nil
+			}
+			return f
+		}
+		if x, y := of(a), of(b); x == nil || y == nil || !proto.Equal(x, y) {
+			return false
+		}
+	}
+	return true
 }

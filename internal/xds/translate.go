@@ -2,6 +2,7 @@ package xds
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
@@ -65,7 +66,7 @@ func Translate(v View) (Resources, error) {
 			return Resources{}, err
 		}
 	}
-	own, err := ownResources(v.Node, door{v.Ports, v.MaxStale}, v.Rules)
+	own, err := ownResources(v.Node, door{v.Ports, v.MaxStale}, v.Rules, cmp.Or(v.Level, policy.CurrentLevel))
 	if err != nil {
 		return Resources{}, err
 	}
@@ -73,26 +74,39 @@ func Translate(v View) (Resources, error) {
 	return out, nil
 }
 
-// ownResources makes what is for one node alone: its listener and its rules.
-func ownResources(node spiffeid.ID, d door, rules *policy.Ruleset) (map[string][]*Resource, error) {
+// ownResources makes what is for one node alone: its listener and its rules. One
+// that reads requests gets them twice: in full, and, for its connections and for
+// whoever knows no more than those, as a lower level has them.
+func ownResources(node spiffeid.ID, d door, rules *policy.Ruleset, level policy.Level) (map[string][]*Resource, error) {
 	l, err := listenerResource(node, d)
 	if err != nil {
 		return nil, err
 	}
-	var list []policy.Rule
-	if rules != nil {
-		list = rules.Rules()
+	if rules == nil {
+		rules = policy.NewRuleset(nil)
 	}
-	fingerprint := fingerprintOf(d.ports)
-	allow, err := rbacResource(AllowRules, policy.Allow, node, fingerprint, list)
-	if err != nil {
-		return nil, err
+	list, names := rules.Rules(), []string{AllowRules, DenyRules}
+	if level >= policy.LevelRequests {
+		names = append(names, HTTPAllowRules, HTTPDenyRules)
 	}
-	deny, err := rbacResource(DenyRules, policy.Deny, node, fingerprint, list)
-	if err != nil {
-		return nil, err
+	narrow := list
+	if level >= policy.LevelRequests {
+		below, _ := rules.ForLevel(policy.LevelWindows)
+		narrow = below.Rules()
 	}
-	return map[string][]*Resource{ListenerType: {l}, ExtensionType: {allow, deny}}, nil
+	out := map[string][]*Resource{ListenerType: {l}}
+	for _, name := range names {
+		said := list
+		if k, _ := rulesNamed(name); !k.requests {
+			said = narrow
+		}
+		r, err := rbacResource(name, node, fingerprintOf(d.ports), said)
+		if err != nil {
+			return nil, err
+		}
+		out[ExtensionType] = append(out[ExtensionType], r)
+	}
+	return out, nil
 }
 
 // door is what a node's listener says, besides whose it is.

@@ -69,6 +69,8 @@ type View struct {
 	MaxStale policy.MaxStale // what becomes of the node's callers while revocations may be unknown
 	Services []Service       // destinations the node asked for or may reach, ordered by ID
 	Bundles  identity.Bundles
+	// Level is what the node understands of the language; zero: policy.CurrentLevel.
+	Level policy.Level
 	// Revocations is the node's own trust domain's signed revocation list; nil:
 	// there is none, and nothing is revoked.
 	Revocations []byte
