@@ -211,11 +211,11 @@ func permissionsOf(r policy.Rule) []*rbacv3.Permission {
 
 // onlyOurs matches nothing in Envoy: what it stands for only our key says.
 func onlyOurs() *rbacv3.Permission {
-	return &rbacv3.Permission{Rule: &rbacv3.Permission_Metadata{Metadata: &matcherv3.MetadataMatcher{
+	return &rbacv3.Permission{Rule: &rbacv3.Permission_SourcedMetadata{SourcedMetadata: &rbacv3.SourcedMetadata{MetadataMatcher: &matcherv3.MetadataMatcher{
 		Filter: metadataKey,
 		Path:   []*matcherv3.MetadataMatcher_PathSegment{{Segment: &matcherv3.MetadataMatcher_PathSegment_Key{Key: "onlyOurs"}}},
 		Value:  &matcherv3.ValueMatcher{MatchPattern: &matcherv3.ValueMatcher_BoolMatch{BoolMatch: true}},
-	}}}
+	}}}}
 }
 
 func principalsOf(r policy.Rule) []*rbacv3.Principal {
