@@ -48,6 +48,7 @@ has it (git:REVISION:FOLDER).`,
 			},
 		},
 		c.policyImpact(&trustDomain), c.policySuggest(&trustDomain),
+		c.policySchema(),
 	)
 	return p
 }
