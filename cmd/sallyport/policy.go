@@ -48,7 +48,7 @@ has it (git:REVISION:FOLDER).`,
 			},
 		},
 		c.policyImpact(&trustDomain), c.policySuggest(&trustDomain),
-		c.policySchema(),
+		c.policySchema(), c.policyFmt(),
 	)
 	return p
 }

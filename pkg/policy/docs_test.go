@@ -26,7 +26,8 @@ func TestDocs(t *testing.T) {
 	stories, err := filepath.Glob("testdata/stories/*.txtar")
 	require.NoError(t, err)
 	told := map[string]bool{"TestText": true, "TestLimits": true, "TestCompile100kRules": true, "TestAttestMatch": true, "TestEvidenceLimits": true, "TestHandMadeTemplates": true, "TestForLevelNeverAllowsMore": true,
-		"TestSchemaAgreesWithStories": true, "TestSchemaHoldsTheParser": true, "TestSchemaSaysWhatItIsAbout": true}
+		"TestSchemaAgreesWithStories": true, "TestSchemaHoldsTheParser": true, "TestSchemaSaysWhatItIsAbout": true,
+		"TestFormatStories": true, "TestExamplesAreFormatted": true, "TestFormatKeepsComments": true, "TestFormatChangesNoMeaning": true, "TestFormatRefuses": true}
 	for _, path := range stories {
 		name := strings.TrimSuffix(filepath.Base(path), ".txtar")
 		told[name] = true

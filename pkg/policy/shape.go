@@ -26,6 +26,7 @@ type shape struct {
 	forms    []*shape // any one of them
 	variants []variant
 	open     bool // is written on several lines even when it is short
+	few      int  // so many fields may stand on one line; 0: any number
 
 	known schema // of fields: what the parser asks
 }

@@ -117,7 +117,7 @@ func ruleShape(name, doc string, mode member) *shape {
 		may("until", timeShape.with("the rule holds until before then")),
 		mode,
 		may("reason", textual("one line, told to operators and, for a deny, to whoever is refused", "", "charging belongs to orders").between(0, MaxReason)))
-	s.apart = []string{"http", "grpc"}
+	s.apart, s.few = []string{"http", "grpc"}, 2
 	return s
 }
 
@@ -136,8 +136,8 @@ func eitherShape(s *shape, a, b string) *shape {
 func policySpecShape() *shape {
 	s := mapping("policySpec", "who may reach what; allow, deny or both must be there",
 		must("to", toSelector),
-		may("allow", listOf("who may; what no allow names is denied", allowShape)),
-		may("deny", listOf("who must not, whatever an allow says", denyShape)))
+		may("allow", opened(listOf("who may; what no allow names is denied", allowShape))),
+		may("deny", opened(listOf("who must not, whatever an allow says", denyShape))))
 	s.some = []string{"allow", "deny"}
 	return s
 }

@@ -24,7 +24,7 @@ var (
 		may("at", timeShape.with("when it is asked; every window of time counts as open when left out")),
 		must("expect", oneOf("what full enforcement shall say", "allow", "deny")))
 	policyTestSpec = mapping("policyTestSpec", "questions with the expected answers",
-		must("cases", listOf("asked before a change lands", apartShape(caseShape, "http", "grpc")).between(1, 0)))
+		must("cases", opened(listOf("asked before a change lands", apartShape(caseShape, "http", "grpc")).between(1, 0))))
 )
 
 func apartShape(s *shape, fields ...string) *shape {
