@@ -68,6 +68,7 @@ func (c *cli) root() *cobra.Command {
 	root.PersistentFlags().StringVar(&c.output, "output", "text", "`form` of what is printed: text or json")
 	root.AddCommand(c.up(), c.apply(), c.history(), c.rollback(), c.set(), c.token(), c.identity(), c.status(),
 		c.flows(), c.explain(), c.audit(), c.policy(), c.bundle(), c.ca(), c.version())
+	c.complete(root)
 	return root
 }
 
