@@ -1,12 +1,73 @@
 package main
 
 import (
+	"errors"
+	"flag"
 	"fmt"
+	"io"
 	"strings"
 	"time"
 
+	"github.com/spf13/cobra"
+
+	"github.com/sallyport-mesh/sallyport/internal/completion"
 	"github.com/sallyport-mesh/sallyport/internal/controlplane"
 )
+
+// options are what the command line says.
+type options struct {
+	file         string
+	dev, version bool
+	cfg          controlplane.Config
+	overrides    []func() error // of cfg, in the order written
+}
+
+// flags declares all flags.
+func (o *options) flags() *flag.FlagSet {
+	fs := flag.NewFlagSet("sallyport-controlplane", flag.ContinueOnError)
+	fs.StringVar(&o.file, "config", "", "configuration `file` (YAML)")
+	fs.BoolVar(&o.dev, "dev", false, "run on this machine without any configuration; state in .sallyport/")
+	fs.BoolVar(&o.version, "version", false, "print the version")
+	defineOverrides(&o.cfg, func(name, usage string, set func(string) error) {
+		fs.Func(name, usage, func(v string) error {
+			o.overrides = append(o.overrides, func() error { return set(v) })
+			return nil
+		})
+	})
+	return fs
+}
+
+// commands is the command line for completion.
+func commands() *cobra.Command {
+	return completion.Program("sallyport-controlplane", new(options).flags())
+}
+
+// parse reads flags and the file they name; flags override the file.
+func parse(args []string, stderr io.Writer) (cfg controlplane.Config, showVersion bool, err error) {
+	var o options
+	fs := o.flags()
+	fs.SetOutput(stderr)
+	if err := fs.Parse(args); err != nil {
+		return o.cfg, false, err
+	}
+	if fs.NArg() > 0 {
+		return o.cfg, false, fmt.Errorf("unexpected argument %q; flags only", fs.Arg(0))
+	}
+	switch {
+	case o.dev && o.file != "":
+		return o.cfg, false, errors.New("-dev and -config exclude each other")
+	case o.dev:
+		o.cfg = controlplane.Dev()
+	case o.file != "":
+		if o.cfg, err = controlplane.LoadConfig(o.file); err != nil {
+			return o.cfg, false, err
+		}
+	}
+	for _, apply := range o.overrides {
+		err = errors.Join(err, apply())
+	}
+	return o.cfg, o.version, err
+}
 
 // defineOverrides declares one flag for each key that an operator sets by hand.
 func defineOverrides(c *controlplane.Config, define func(name, usage string, set func(string) error)) {

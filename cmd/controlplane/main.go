@@ -16,6 +16,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 
+	"github.com/sallyport-mesh/sallyport/internal/completion"
 	"github.com/sallyport-mesh/sallyport/internal/controlplane"
 )
 
@@ -33,6 +34,13 @@ func main() {
 // run returns the exit code: 0 after a clean stop, 1 when the program could not
 // go on, 2 for wrong flags or configuration.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	if completion.Asked(args) {
+		if err := completion.Answer(commands(), args, stdout, stderr); err != nil {
+			fmt.Fprintf(stderr, "sallyport-controlplane: %v\n", err)
+			return 2
+		}
+		return 0
+	}
 	cfg, showVersion, err := parse(args, stderr)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
@@ -60,41 +68,4 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return 1
 	}
 	return 0
-}
-
-// parse reads flags and the file they name; flags override the file.
-func parse(args []string, stderr io.Writer) (cfg controlplane.Config, showVersion bool, err error) {
-	fs := flag.NewFlagSet("sallyport-controlplane", flag.ContinueOnError)
-	fs.SetOutput(stderr)
-	file := fs.String("config", "", "configuration `file` (YAML)")
-	dev := fs.Bool("dev", false, "run on this machine without any configuration; state in .sallyport/")
-	fs.BoolVar(&showVersion, "version", false, "print the version")
-	var overrides []func()
-	override := func(name, usage string, set func(string) error) {
-		fs.Func(name, usage, func(v string) error {
-			overrides = append(overrides, func() { err = errors.Join(err, set(v)) })
-			return nil
-		})
-	}
-	defineOverrides(&cfg, override)
-	if perr := fs.Parse(args); perr != nil {
-		return cfg, false, perr
-	}
-	if fs.NArg() > 0 {
-		return cfg, false, fmt.Errorf("unexpected argument %q; flags only", fs.Arg(0))
-	}
-	switch {
-	case *dev && *file != "":
-		return cfg, false, errors.New("-dev and -config exclude each other")
-	case *dev:
-		cfg = controlplane.Dev()
-	case *file != "":
-		if cfg, err = controlplane.LoadConfig(*file); err != nil {
-			return cfg, false, err
-		}
-	}
-	for _, apply := range overrides {
-		apply()
-	}
-	return cfg, showVersion, err
 }

@@ -3,8 +3,10 @@ package main
 import (
 	"bytes"
 	"context"
+	"flag"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -53,5 +55,34 @@ func TestFlagsOverrideTheFile(t *testing.T) {
 	}
 	if cfg.TrustDomain != "b.example" || cfg.Listen.GRPC != "127.0.0.1:1" || len(cfg.Etcd.Endpoints) != 2 {
 		t.Errorf("got %+v", cfg)
+	}
+}
+
+// TestCompletionKnowsEveryFlag asks as a shell does.
+func TestCompletionKnowsEveryFlag(t *testing.T) {
+	ask := func(word string) []string {
+		var stdout, stderr bytes.Buffer
+		if code := run(t.Context(), []string{"__completeNoDesc", word}, &stdout, &stderr); code != 0 {
+			t.Fatalf("%d, %s", code, stderr.String())
+		}
+		return strings.Fields(stdout.String())
+	}
+	all, n := ask("-"), 0
+	new(options).flags().VisitAll(func(f *flag.Flag) {
+		if n++; !slices.Contains(all, "--"+f.Name) || !slices.Contains(ask("-"+f.Name[:2]), "-"+f.Name) {
+			t.Errorf("-%s is not offered: %q, %q", f.Name, all, ask("-"+f.Name[:2]))
+		}
+	})
+	if n < 15 {
+		t.Errorf("%d flags", n)
+	}
+	if got := ask(""); !slices.Contains(got, "completion") {
+		t.Errorf("got %q", got)
+	}
+	for _, shell := range []string{"bash", "zsh", "fish"} {
+		var stdout, stderr bytes.Buffer
+		if code := run(t.Context(), []string{"completion", shell}, &stdout, &stderr); code != 0 || !strings.Contains(stdout.String(), "sallyport-controlplane") {
+			t.Errorf("%s: %d, %s", shell, code, stderr.String())
+		}
 	}
 }

@@ -11,6 +11,8 @@ import (
 	"os/signal"
 	"strings"
 	"syscall"
+
+	"github.com/sallyport-mesh/sallyport/internal/completion"
 )
 
 // version is stamped by the build.
@@ -18,6 +20,7 @@ var version = "dev"
 
 const usage = `usage: sallyport-proxy run [--config proxy.yaml]
        sallyport-proxy agent [--config agent.yaml]
+       sallyport-proxy completion bash|zsh|fish
        sallyport-proxy version
        sallyport-proxy help
 
@@ -38,6 +41,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if len(args) == 0 {
 		fmt.Fprint(stderr, usage)
 		return 2
+	}
+	if completion.Asked(args) {
+		if err := completion.Answer(commands(), args, stdout, stderr); err != nil {
+			return complain(stderr, 2, err)
+		}
+		return 0
 	}
 	switch verb := args[0]; verb {
 	case "run":

@@ -1,9 +1,12 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -48,5 +51,44 @@ func TestCommandLine(t *testing.T) {
 		if strings.Contains(stderr.String(), "goroutine ") {
 			t.Errorf("%q: a stack trace", c.args)
 		}
+	}
+}
+
+// TestCompletionKnowsTheCommandLine: each verb that there is, and its flags, are
+// offered, and nothing else.
+func TestCompletionKnowsTheCommandLine(t *testing.T) {
+	ask := func(args ...string) []string {
+		var stdout, stderr bytes.Buffer
+		if code := run(t.Context(), append([]string{"__completeNoDesc"}, args...), &stdout, &stderr); code != 0 {
+			t.Fatalf("%q: %d, %s", args, code, &stderr)
+		}
+		words := strings.Fields(stdout.String())
+		slices.Sort(words)
+		return words
+	}
+	want := []string{":4"}
+	for _, m := range regexp.MustCompile(`(?m)sallyport-proxy ([a-z]+)( .*)?$`).FindAllStringSubmatch(strings.SplitAfter(usage, "\n\n")[0], -1) {
+		want = append(want, m[1])
+		flags := regexp.MustCompile(`--[a-z]+`).FindAllString(m[2], -1)
+		if got := ask(m[1], "-"); !slices.Equal(slices.DeleteFunc(got, func(w string) bool { return !strings.HasPrefix(w, "--") || w == "--help" }), flags) {
+			t.Errorf("%s: got flags %q, want %q", m[1], got, flags)
+		}
+	}
+	slices.Sort(want)
+	if got := ask(""); !slices.Equal(got, want) {
+		t.Errorf("got %q, want the verbs of the usage %q", got, want)
+	}
+	if got := ask("run", "-c"); !slices.Contains(got, "-config") {
+		t.Errorf("one dash: got %q", got)
+	}
+	for _, shell := range []string{"bash", "zsh", "fish"} {
+		var stdout, stderr bytes.Buffer
+		if code := run(t.Context(), []string{"completion", shell}, &stdout, &stderr); code != 0 || !strings.Contains(stdout.String(), "sallyport-proxy") {
+			t.Errorf("%s: %d, %s%s", shell, code, &stdout, &stderr)
+		}
+	}
+	var stdout, stderr bytes.Buffer
+	if code := run(t.Context(), []string{"completion", "tcsh"}, &stdout, &stderr); code != 2 || !strings.Contains(stderr.String(), "tcsh") {
+		t.Errorf("tcsh: %d, %s", code, &stderr)
 	}
 }

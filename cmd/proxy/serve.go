@@ -9,7 +9,9 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/spf13/cobra"
 
+	"github.com/sallyport-mesh/sallyport/internal/completion"
 	"github.com/sallyport-mesh/sallyport/internal/host"
 	"github.com/sallyport-mesh/sallyport/internal/sidecar"
 )
@@ -19,9 +21,7 @@ import (
 type opener func(ctx context.Context, file string, stderr io.Writer) (run func(context.Context) error, misused bool, err error)
 
 func serve(ctx context.Context, verb, file string, args []string, stderr io.Writer, open opener) int {
-	flags := flag.NewFlagSet("sallyport-proxy "+verb, flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
-	flags.StringVar(&file, "config", file, "configuration `file`")
+	flags := serveFlags(verb, &file)
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
 		fmt.Fprint(stderr, usage)
 		return 0
@@ -42,6 +42,23 @@ func serve(ctx context.Context, verb, file string, args []string, stderr io.Writ
 		return complain(stderr, 1, err)
 	}
 	return 0
+}
+
+// serveFlags declares the flags of run and agent; file has the default.
+func serveFlags(verb string, file *string) *flag.FlagSet {
+	flags := flag.NewFlagSet("sallyport-proxy "+verb, flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	flags.StringVar(file, "config", *file, "configuration `file`")
+	return flags
+}
+
+// commands is the command line for completion.
+func commands() *cobra.Command {
+	return completion.Program("sallyport-proxy", nil,
+		completion.Standard{Name: "run", Short: "Serve one app", Flags: serveFlags("run", new(string))},
+		completion.Standard{Name: "agent", Short: "Serve every process of a host that a workload names", Flags: serveFlags("agent", new(string))},
+		completion.Standard{Name: "version", Short: "Print the version"},
+		completion.Standard{Name: "help", Short: "Print what there is"})
 }
 
 func openSidecar(ctx context.Context, file string, stderr io.Writer) (func(context.Context) error, bool, error) {

@@ -50,7 +50,11 @@ without a control plane.`,
 			if err != nil {
 				return fmt.Errorf("making the request: %w", err)
 			}
-			return pem.Encode(c.stdout, &pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der})
+			request := pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}
+			if c.output == "json" {
+				return c.printJSON(map[string]string{"request": string(pem.EncodeToMemory(&request))})
+			}
+			return pem.Encode(c.stdout, &request)
 		},
 	}
 	cmd.Flags().StringVar(&keyFile, "key", "", "`file` with the intermediate's key, PKCS#8 PEM; made (0600) if missing")

@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -99,9 +98,6 @@ func (c *cli) print(m proto.Message, text func(w io.Writer)) error {
 		return fmt.Errorf("--output %s: want text or json", c.output)
 	}
 }
-
-// printJSON writes v on one line.
-func (c *cli) printJSON(v any) error { return json.NewEncoder(c.stdout).Encode(v) }
 
 // printable keeps from a terminal what it would obey: some of what is shown comes
 // from sidecars and files.

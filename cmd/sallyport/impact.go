@@ -53,7 +53,7 @@ The exit code is 1 if a verdict changes, or might.`,
 			}
 			impact := policy.ImpactOf(rules, time.Now(), records)
 			if c.output == "json" {
-				err = c.printJSON(impact)
+				err = c.printJSON(impactJSON(impact))
 			} else {
 				_, err = io.WriteString(c.stdout, impact.String())
 			}
@@ -85,7 +85,7 @@ label where everybody who has it was seen. Review the file before you add it.`,
 			}
 			all := policy.Suggest(rules, time.Now(), records)
 			if c.output == "json" {
-				return c.printJSON(all)
+				return c.printJSON(suggestionsJSON(all))
 			}
 			if len(all) == 0 {
 				_, err = fmt.Fprintln(c.stderr, "nothing came through an open door that no rule allows")

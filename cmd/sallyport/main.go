@@ -42,6 +42,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	case errors.Is(err, errReported):
 	case ctx.Err() != nil && (errors.Is(err, context.Canceled) || status.Code(err) == codes.Canceled):
 		return 0 // Ctrl-C, as ends `flows --follow`
+	case c.output == "json" || asksJSON(args):
+		c.printErrors(err)
 	default:
 		fmt.Fprintf(stderr, "sallyport: %s\n", message(err))
 	}
@@ -63,11 +65,14 @@ func (c *cli) root() *cobra.Command {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Version:       version,
+
+		PersistentPreRunE: c.checkOutput,
 	}
 	root.PersistentFlags().StringVar(&c.socket, "socket", "", "the control plane's admin `socket` (default $SALLYPORT_ADMIN_SOCKET, .sallyport/admin.sock, /var/lib/sallyport/admin.sock)")
 	root.PersistentFlags().StringVar(&c.output, "output", "text", "`form` of what is printed: text or json")
 	root.AddCommand(c.up(), c.apply(), c.history(), c.rollback(), c.set(), c.token(), c.identity(), c.status(),
 		c.flows(), c.explain(), c.audit(), c.policy(), c.bundle(), c.ca(), c.version())
+	c.complete(root)
 	return root
 }
 
@@ -75,6 +80,9 @@ func (c *cli) version() *cobra.Command {
 	return &cobra.Command{
 		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
+			if c.output == "json" {
+				return c.printJSON(map[string]string{"version": version})
+			}
 			_, err := fmt.Fprintln(c.stdout, "sallyport", version)
 			return err
 		},

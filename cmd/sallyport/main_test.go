@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"flag"
 	"os"
 	"strings"
 	"testing"
@@ -11,6 +12,8 @@ import (
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/meshtest"
 )
+
+var update = flag.Bool("update", false, "write what the stories compare with into testdata")
 
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
@@ -33,7 +36,8 @@ func TestCtrlC(t *testing.T) {
 // that each story has for itself.
 func TestStories(t *testing.T) {
 	testscript.Run(t, testscript.Params{
-		Dir: "testdata",
+		Dir:           "testdata",
+		UpdateScripts: *update,
 		Setup: func(env *testscript.Env) error {
 			m := meshtest.New(t, meshtest.Config{})
 			env.Setenv("SALLYPORT_ADMIN_SOCKET", m.Socket)

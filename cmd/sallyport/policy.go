@@ -48,6 +48,7 @@ has it (git:REVISION:FOLDER).`,
 			},
 		},
 		c.policyImpact(&trustDomain), c.policySuggest(&trustDomain),
+		c.policySchema(), c.policyFmt(),
 	)
 	return p
 }
@@ -86,13 +87,7 @@ func (c *cli) printCheck(rules *policy.Ruleset, sets []*policy.Set) error {
 
 func (c *cli) printTests(report policy.TestReport) error {
 	if c.output == "json" {
-		failures := []string{}
-		for _, r := range report.Results {
-			for _, f := range r.Failures {
-				failures = append(failures, f.Error())
-			}
-		}
-		if err := c.printJSON(map[string]any{"tests": len(report.Results), "failed": report.Failed(), "failures": failures}); err != nil {
+		if err := c.printJSON(testsJSON(report)); err != nil {
 			return err
 		}
 	} else if _, err := fmt.Fprintln(c.stdout, report.String()); err != nil {
@@ -106,7 +101,7 @@ func (c *cli) printTests(report policy.TestReport) error {
 
 func (c *cli) printDiff(d policy.Diff) error {
 	if c.output == "json" {
-		return c.printJSON(d)
+		return c.printJSON(diffJSON(d))
 	}
 	if d.Empty() {
 		_, err := fmt.Fprintln(c.stdout, "no difference in who may talk to whom")

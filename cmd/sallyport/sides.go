@@ -208,7 +208,7 @@ diff. The exit code is 1 if an Invariant does not hold.`,
 
 func (c *cli) printProof(proof policy.Proof) error {
 	if c.output == "json" {
-		if err := c.printJSON(proof); err != nil {
+		if err := c.printJSON(proofJSON(proof)); err != nil {
 			return err
 		}
 	} else if _, err := fmt.Fprint(c.stdout, proof); err != nil {

@@ -9,7 +9,7 @@ type row struct {
 }
 
 var rows = []row{
-	{0, []string{"pkg/identity", "internal/store", "internal/relay", "internal/tunnel", "internal/peercred", "internal/socket", "internal/configfile", "api/..."},
+	{0, []string{"pkg/identity", "internal/store", "internal/relay", "internal/tunnel", "internal/peercred", "internal/socket", "internal/configfile", "internal/completion", "api/..."},
 		"names, bytes and storage: each stands alone, so each can be read and tested alone"},
 	{1, []string{"pkg/policy", "internal/issuer/attest", "internal/issuer/ca", "internal/audit", "internal/capture", "internal/federation", "internal/revocation", "internal/agent/endpoint", "internal/agent/pemfile", "internal/store/etcd", "internal/store/storetest"},
 		"single ideas on top of names and storage; none knows another"},

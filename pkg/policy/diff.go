@@ -46,6 +46,9 @@ func (d Diff) Empty() bool {
 // to compare exactly is assumed to open something.
 func (d Diff) OnlyRemoves() bool { return !d.adds && len(d.inexact) == 0 }
 
+// Inexact gives the destinations that have too many patterns to compare.
+func (d Diff) Inexact() []string { return d.inexact }
+
 // String gives one line per difference: "+" for what is gained, "-" for what is
 // lost, "~" for a workload that changed, "!" for a deny that changes no access.
 // The number of lines is bounded.

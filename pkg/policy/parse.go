@@ -67,7 +67,7 @@ func printableName(s string) string { return string(printable([]byte(s))) }
 
 // document parses one document of a file.
 func (f *fileReader) document(n *yaml.Node) {
-	top, ok := f.object(n, "", schema{"apiVersion": known, "kind": known, "metadata": known, "spec": known})
+	top, ok := f.object(n, "", documentFields)
 	if !ok {
 		return
 	}
@@ -80,16 +80,12 @@ func (f *fileReader) document(n *yaml.Node) {
 	if !ok || !vok || !f.knownKind(kind, kn) {
 		return
 	}
-	fields := schema{"name": known}
-	if kind == "Workload" {
-		fields["labels"] = known
-	}
 	mn, ok1 := top.need("metadata")
 	sn, ok2 := top.need("spec")
 	if !ok1 || !ok2 {
 		return
 	}
-	meta, _ := f.object(mn, "metadata", fields)
+	meta, _ := f.object(mn, "metadata", metadataOf(kind).known)
 	name, p := f.resourceName(meta)
 	switch kind {
 	case "Workload":

@@ -27,8 +27,8 @@ func (f *fileReader) attest(n *yaml.Node, list string) []Attest {
 	var out []Attest
 	for i, item := range items {
 		what := fmt.Sprintf("%s[%d]", list, i)
-		kind, kn := f.attestKind(item, what)
-		if kind == "" {
+		kind, kn, ok := f.attestKind(item, what)
+		if !ok {
 			continue
 		}
 		form, known := formOf(kind)
@@ -54,39 +54,27 @@ func (f *fileReader) attest(n *yaml.Node, list string) []Attest {
 }
 
 // attestKind reads the kind before the other fields, which depend on it.
-func (f *fileReader) attestKind(n *yaml.Node, what string) (string, *yaml.Node) {
+func (f *fileReader) attestKind(n *yaml.Node, what string) (string, *yaml.Node, bool) {
 	if n.Kind != yaml.MappingNode {
 		f.wrongType(n, what, "a mapping")
-		return "", nil
+		return "", nil, false
 	}
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		if n.Content[i].Value == "kind" {
-			kind, _ := f.text(n.Content[i+1], what+".kind")
-			return kind, n.Content[i+1]
+			kind, ok := f.text(n.Content[i+1], what+".kind")
+			return kind, n.Content[i+1], ok
 		}
 	}
 	f.fail(at(n), "", "%s.kind is missing", what)
-	return "", nil
+	return "", nil, false
 }
 
 // attestEntry reads an entry of a Workload, or, with grant, of a Scope, where an
 // issuer or an agent may be all that is asked for.
 func (f *fileReader) attestEntry(n *yaml.Node, what, kind string, form form, grant bool) (Attest, bool) {
-	fields := schema{"kind": known}
-	for _, k := range form.selectors {
-		fields[k] = known
-	}
-	if form.issuer != "" {
-		fields[form.issuer] = known
-	}
-	if form.via {
-		fields["via"] = known
-	}
-	if form.claims {
-		fields["claims"] = known
-	}
 	before := f.errs.count()
-	o, ok := f.object(n, what, fields)
+	entry, _ := evidenceEntry.of(kind)
+	o, ok := f.object(n, what, entry.known)
 	if !ok {
 		return Attest{}, false
 	}
@@ -183,6 +171,9 @@ func (f *fileReader) claims(a *Attest, o object) {
 	if n.Kind != yaml.MappingNode {
 		f.wrongType(n, o.path("claims"), "a mapping")
 		return
+	}
+	if len(n.Content) == 0 {
+		f.fail(at(n), "name the claims that tell workloads apart, as sub", "%s is empty: it would accept any token", o.path("claims"))
 	}
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		name, ok := f.text(n.Content[i], "a key of "+o.path("claims"))

@@ -10,7 +10,7 @@ import (
 
 // policyTest parses the spec of a PolicyTest.
 func (f *fileReader) policyTest(name string, p pos, n *yaml.Node) {
-	spec, ok := f.object(n, "spec", schema{"cases": known})
+	spec, ok := f.object(n, "spec", policyTestSpec.known)
 	if !ok {
 		return
 	}
@@ -25,7 +25,7 @@ func (f *fileReader) policyTest(name string, p pos, n *yaml.Node) {
 }
 
 func (f *fileReader) testCase(n *yaml.Node, what string) (Case, bool) {
-	o, ok := f.object(n, what, schema{"from": known, "to": known, "port": known, "http": known, "grpc": known, "at": known, "expect": known})
+	o, ok := f.object(n, what, caseShape.known)
 	if !ok {
 		return Case{}, false
 	}
@@ -59,7 +59,7 @@ func (f *fileReader) caseFrom(o object) (string, pos) {
 		return "", pos{}
 	}
 	if n.Kind == yaml.MappingNode {
-		_, _ = f.selector(n, o.path("from"), []string{"anonymous"})
+		_, _ = f.selector(n, o.path("from"), nobody.names())
 		return "", at(n)
 	}
 	s, p, _ := f.caseRef(o, "from")
@@ -122,7 +122,7 @@ func (f *fileReader) caseRequest(o object, c *Case) {
 // request reads {method, path, host, headers, claims}. A request that is not
 // canonical may be asked about: it is refused.
 func (f *fileReader) request(n *yaml.Node, what string) *HTTPRequest {
-	o, ok := f.object(n, what, schema{"method": known, "path": known, "host": known, "headers": known, "claims": known})
+	o, ok := f.object(n, what, callRequest.known)
 	if !ok {
 		return nil
 	}

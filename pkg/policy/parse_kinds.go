@@ -19,16 +19,16 @@ func (f *fileReader) rootOnly(kind string, p pos) bool {
 
 // defaults parses the spec of a Defaults.
 func (f *fileReader) defaults(name string, p pos, n *yaml.Node) {
-	spec, ok := f.object(n, "spec", schema{"to": known, "audit": known})
+	spec, ok := f.object(n, "spec", defaultsSpec.known)
 	if !f.rootOnly("Defaults", p) || !ok {
 		return
 	}
 	d := Defaults{Name: name, File: f.file, Line: p.line, Col: p.col}
 	if tn, ok := spec.need("to"); ok {
-		d.To, _ = f.selector(tn, "spec.to", []string{"workload", "labels", "id"})
+		d.To, _ = f.selector(tn, "spec.to", doorSelector.names())
 	}
 	if an, ok := spec.need("audit"); ok {
-		if o, ok := f.object(an, "spec.audit", schema{"until": known}); ok {
+		if o, ok := f.object(an, "spec.audit", untilOnly.known); ok {
 			if un, ok := o.need("until"); ok {
 				d.Until, _ = f.time(un, "spec.audit.until")
 			}
@@ -39,7 +39,7 @@ func (f *fileReader) defaults(name string, p pos, n *yaml.Node) {
 
 // external parses the spec of an External.
 func (f *fileReader) external(name string, p pos, n *yaml.Node) {
-	o, ok := f.object(n, "spec", schema{"host": known, "port": known, "protocol": known, "tls": known})
+	o, ok := f.object(n, "spec", externalSpec.known)
 	if !ok {
 		return
 	}
@@ -69,7 +69,7 @@ func isExternal(id spiffeid.ID) bool {
 
 // tokenIssuer parses the spec of a TokenIssuer.
 func (f *fileReader) tokenIssuer(name string, p pos, n *yaml.Node) {
-	o, ok := f.object(n, "spec", schema{"issuer": known, "audience": known})
+	o, ok := f.object(n, "spec", tokenIssuerSpec.known)
 	if !f.rootOnly("TokenIssuer", p) || !ok {
 		return
 	}

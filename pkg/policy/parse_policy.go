@@ -10,7 +10,7 @@ import (
 
 // policy parses the spec of a Policy.
 func (f *fileReader) policy(name string, p pos, n *yaml.Node) {
-	spec, ok := f.object(n, "spec", schema{"to": known, "allow": known, "deny": known})
+	spec, ok := f.object(n, "spec", policySpec.known)
 	if !ok {
 		return
 	}

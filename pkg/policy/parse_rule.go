@@ -18,13 +18,9 @@ const (
 
 // entry parses one rule.
 func (f *fileReader) entry(n *yaml.Node, what string, effect Effect) (Entry, bool) {
-	fields := schema{
-		"from": known, "ports": known, "reason": known, "since": known, "until": known,
-		"http": known, "grpc": known, "when": known,
-		"mode": known,
-	}
+	fields := denyShape.known
 	if effect == Allow {
-		fields["mode"] = "remove it: an allow grants, or it does not exist; a door left open for a time is kind: Defaults"
+		fields = allowShape.known
 	}
 	o, ok := f.object(n, what, fields)
 	if !ok {
@@ -151,7 +147,7 @@ func (f *fileReader) matches(n *yaml.Node, what string, read func(*yaml.Node, st
 }
 
 func (f *fileReader) httpMatch(n *yaml.Node, what string) HTTPMatch {
-	o, ok := f.object(n, what, schema{"methods": known, "paths": known, "hosts": known, "headers": known})
+	o, ok := f.object(n, what, httpShape.known)
 	if !ok {
 		return HTTPMatch{}
 	}
@@ -236,7 +232,7 @@ func (f *fileReader) host(n *yaml.Node, s, what string) bool {
 }
 
 func (f *fileReader) headerMatch(n *yaml.Node, what string) HeaderMatch {
-	o, ok := f.object(n, what, schema{"name": known, "equals": known, "present": known})
+	o, ok := f.object(n, what, headerShape.known)
 	if !ok {
 		return HeaderMatch{}
 	}
@@ -267,7 +263,7 @@ func (f *fileReader) headerMatch(n *yaml.Node, what string) HeaderMatch {
 
 // grpcMatch reads {service: …, methods: […]}: POST /SERVICE/METHOD on the wire.
 func (f *fileReader) grpcMatch(n *yaml.Node, what string) HTTPMatch {
-	o, ok := f.object(n, what, schema{"service": known, "methods": known})
+	o, ok := f.object(n, what, grpcShape.known)
 	if !ok {
 		return HTTPMatch{}
 	}
@@ -313,7 +309,7 @@ func isProtoName(s string, full bool) bool {
 
 // endUser reads when: {issuer: NAME, claims: {CLAIM: VALUE}}.
 func (f *fileReader) endUser(n *yaml.Node, what string) []ClaimMatch {
-	o, ok := f.object(n, what, schema{"issuer": known, "claims": known})
+	o, ok := f.object(n, what, whenShape.known)
 	if !ok {
 		return nil
 	}

@@ -21,7 +21,7 @@ const (
 
 // scope parses the spec of a Scope.
 func (f *fileReader) scope(name string, p pos, n *yaml.Node) {
-	spec, ok := f.object(n, "spec", schema{"owners": known, "ids": known, "labels": known, "evidence": known})
+	spec, ok := f.object(n, "spec", scopeSpec.known)
 	if !f.rootOnly("Scope", p) || !ok {
 		return
 	}
@@ -127,7 +127,7 @@ func (f *fileReader) grantedValues(n *yaml.Node, what string) []string {
 
 // invariant parses the spec of an Invariant.
 func (f *fileReader) invariant(name string, p pos, n *yaml.Node) {
-	spec, ok := f.object(n, "spec", schema{"never": known})
+	spec, ok := f.object(n, "spec", invariantSpec.known)
 	if !f.rootOnly("Invariant", p) || !ok {
 		return
 	}
@@ -135,7 +135,7 @@ func (f *fileReader) invariant(name string, p pos, n *yaml.Node) {
 	if !ok {
 		return
 	}
-	never, ok := f.object(nn, "spec.never", schema{"from": known, "to": known})
+	never, ok := f.object(nn, "spec.never", neverShape.known)
 	if !ok {
 		return
 	}

@@ -10,8 +10,8 @@ import (
 
 // The forms that a selector can have in a place.
 var (
-	fromForms = []string{"workload", "labels", "id", "anonymous"}
-	toForms   = []string{"workload", "labels", "id", "external"}
+	fromForms = fromSelector.names()
+	toForms   = toSelector.names()
 )
 
 // selector reads a mapping with exactly one of forms.

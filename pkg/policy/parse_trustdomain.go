@@ -25,7 +25,7 @@ func (f *fileReader) trustDomain(name string, p pos, n *yaml.Node) {
 		return
 	}
 	d := TrustDomain{Name: name, File: f.file, Line: p.line, Col: p.col}
-	spec, ok := f.object(n, "spec", schema{"trustDomain": known, "bundleEndpoint": known, "bundle": known, "workloads": known})
+	spec, ok := f.object(n, "spec", trustDomainSpec.known)
 	if !ok {
 		return
 	}
@@ -82,7 +82,7 @@ func (f *fileReader) bundle(td spiffeid.TrustDomain, n *yaml.Node) *spiffebundle
 }
 
 func (f *fileReader) bundleEndpoint(d *TrustDomain, n *yaml.Node) {
-	o, ok := f.object(n, "spec.bundleEndpoint", schema{"url": known, "profile": known, "endpointID": known})
+	o, ok := f.object(n, "spec.bundleEndpoint", bundleEndpointShape.known)
 	if !ok {
 		return
 	}
@@ -143,7 +143,7 @@ func (f *fileReader) foreignWorkloads(td spiffeid.TrustDomain, n *yaml.Node) []F
 	var out []ForeignWorkload
 	for i, item := range items {
 		what := fmt.Sprintf("spec.workloads[%d]", i)
-		o, ok := f.object(item, what, schema{"id": known, "ports": known, "endpoints": known})
+		o, ok := f.object(item, what, foreignShape.known)
 		if !ok {
 			continue
 		}

@@ -24,7 +24,7 @@ func (f *fileReader) workload(meta object, name string, p pos, n *yaml.Node) {
 	if ln, ok := meta.fields["labels"]; ok {
 		w.Labels = f.labels(ln, "metadata.labels", templated)
 	}
-	spec, ok := f.object(n, "spec", schema{"id": known, "attest": known, "ports": known, "maxStale": known, "endpoints": "remove it: replicas tell where they are"})
+	spec, ok := f.object(n, "spec", workloadSpec.known)
 	if !ok {
 		return
 	}
@@ -146,8 +146,7 @@ func (f *fileReader) ports(n *yaml.Node, what string) []Port {
 }
 
 func (f *fileReader) port(n *yaml.Node, what string, names map[string]int, numbers map[uint16]int) (Port, bool) {
-	o, ok := f.object(n, what, schema{"name": known, "port": known, "protocol": known,
-		"plaintext": known, "direct": "remove it: callers come through their sidecars"})
+	o, ok := f.object(n, what, portShape.known)
 	if !ok {
 		return Port{}, false
 	}
@@ -166,7 +165,7 @@ func (f *fileReader) port(n *yaml.Node, what string, names map[string]int, numbe
 	}
 	p.Protocol, ok = f.protocol(o)
 	if tn, has := o.fields["plaintext"]; has {
-		if until, good := f.object(tn, what+".plaintext", schema{"until": known}); good {
+		if until, good := f.object(tn, what+".plaintext", plaintextShape.known); good {
 			if un, good := until.need("until"); good {
 				p.Plaintext, _ = f.time(un, what+".plaintext.until")
 			}
@@ -236,7 +235,7 @@ const (
 )
 
 func (f *fileReader) maxStale(n *yaml.Node) MaxStale {
-	o, ok := f.object(n, "spec.maxStale", schema{"after": known, "then": known})
+	o, ok := f.object(n, "spec.maxStale", maxStaleShape.known)
 	if !ok {
 		return MaxStale{}
 	}

@@ -73,7 +73,7 @@ func (x Breach) String() string {
 		what = fmt.Sprintf("port %s", portList([]Port{x.Port}))
 	}
 	if x.Request != nil {
-		what += ", " + requestText(x.Request)
+		what += ", " + x.Request.String()
 	}
 	if !x.At.IsZero() {
 		what += ", at " + x.At.Format(time.RFC3339)
@@ -89,8 +89,9 @@ func indent(s string) string {
 	return "    " + strings.ReplaceAll(strings.TrimSuffix(s, "\n"), "\n", "\n    ") + "\n"
 }
 
-// requestText names all of a request that rules look at.
-func requestText(h *HTTPRequest) string {
+// String names all of a request that rules look at: METHOD PATH, then the rest in
+// words.
+func (h *HTTPRequest) String() string {
 	s := h.Method + " " + h.Path
 	if h.Host != "" {
 		s += " host " + h.Host
