@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"reflect"
 	"slices"
 )
 
@@ -141,11 +142,12 @@ func (d definitions) fields(s *shape, out map[string]any) {
 }
 
 // variants writes what depends on kind behind conditions: an editor that knows the
-// kind then completes and complains about that one only.
+// kind then completes and complains about that one only. What all variants have
+// stands before, for the time until kind is written.
 func (d definitions) variants(s *shape, out map[string]any) {
 	var names []string
 	var all []any
-	shared := map[string]any{} // fields of any variant, for the time before kind is written
+	every := map[string][]member{} // :: field → in each variant that has it
 	for _, v := range s.variants {
 		names = append(names, v.kind)
 		then := d.of(v.shape)
@@ -155,10 +157,25 @@ func (d definitions) variants(s *shape, out map[string]any) {
 		is := map[string]any{"properties": map[string]any{"kind": map[string]any{"const": v.kind}}, "required": []string{"kind"}}
 		all = append(all, map[string]any{"if": is, "then": then})
 		for _, f := range v.shape.fields {
-			shared[f.name] = true
+			every[f.name] = append(every[f.name], f)
 		}
 	}
-	kind := map[string]any{"enum": names, "description": "what the rest is about"}
-	out["properties"], out["required"], out["allOf"] = map[string]any{"kind": kind}, []string{"kind"}, all
-	out["propertyNames"] = map[string]any{"enum": slices.Sorted(maps.Keys(shared))}
+	properties, required := map[string]any{}, []string{}
+	for _, name := range slices.Sorted(maps.Keys(every)) {
+		in := every[name]
+		switch {
+		case name == "kind":
+			properties[name] = map[string]any{"enum": names, "description": "what the rest is about"}
+		case len(in) < len(s.variants):
+			continue
+		case slices.ContainsFunc(in, func(f member) bool { return !reflect.DeepEqual(f.shape, in[0].shape) }):
+			properties[name] = map[string]any{"description": "depends on kind"}
+		default:
+			properties[name] = d.of(in[0].shape)
+		}
+		if !slices.ContainsFunc(in, func(f member) bool { return !f.required }) {
+			required = append(required, name)
+		}
+	}
+	out["properties"], out["required"], out["allOf"] = properties, required, all
 }
