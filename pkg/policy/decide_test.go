@@ -238,3 +238,27 @@ func TestConcurrentUse(t *testing.T) {
 	}
 	wg.Wait()
 }
+
+// TestManyPatternsMatchOneSource goes past what an index remembers for a source.
+func TestManyPatternsMatchOneSource(t *testing.T) {
+	to := []identity.Pattern{pattern("/shop/payments")}
+	for _, segs := range []int{2, 4, 5} { // 3, 15 and 31 patterns
+		src := id(strings.Repeat("/a", segs))
+		rules := []Rule{{Ref: RuleRef{Line: 1}, Effect: Allow, From: []identity.Pattern{identity.ExactPattern(src)}, To: to, Ports: []uint16{1}}}
+		for bits := 1; bits < 1<<segs; bits++ {
+			text := ""
+			for i := range segs {
+				text += []string{"/a", "/*"}[bits>>i&1]
+			}
+			line := len(rules) + 1
+			rules = append(rules, Rule{Ref: RuleRef{Line: line}, Effect: Allow, From: []identity.Pattern{pattern(text)}, To: to, Ports: []uint16{uint16(line)}})
+		}
+		rs := NewRuleset(rules)
+		for _, r := range rules {
+			q := Request{Src: src, Dst: id("/shop/payments"), Port: r.Ports[0]}
+			if got := rs.Decide(q); got.Effect != Allow || got.Rule.Line != r.Ref.Line {
+				t.Errorf("%s, port %d: got %+v, want line %d", src, q.Port, got, r.Ref.Line)
+			}
+		}
+	}
+}
