@@ -191,35 +191,41 @@ func (r *Ruleset) prepare(d *destination) *index {
 	return ix
 }
 
-// newIndex indexes the rules about a destination.
+// newIndex indexes the rules about a destination. What is said about one source is
+// made at one time, so that it lies together in memory.
 func (r *Ruleset) newIndex(dst string) *index {
-	ix := &index{exact: map[string]*source{}}
+	named := map[string][]int32{} // :: SPIFFE ID, "" for none → indexes of rules
+	wild := map[string][]int32{}  // :: pattern → indexes of rules
 	for _, i := range r.rulesTo(dst) {
 		rule := &r.rules[i]
 		if rule.Anonymous {
-			ix.named("").add(rule, i)
+			named[""] = append(named[""], i)
 		}
 		for _, p := range rule.From {
 			if _, exact := p.Exact(); exact {
-				ix.named(p.String()).add(rule, i)
+				named[p.String()] = append(named[p.String()], i)
 			} else if !p.IsZero() {
-				ix.wild.add(p.String()).add(rule, i)
+				wild[p.String()] = append(wild[p.String()], i)
 			}
 		}
 	}
-	for src, s := range ix.exact {
-		ix.wild.match(src, func(c *cell) { s.meet(c) })
+	ix := &index{exact: make(map[string]*source, len(named))}
+	for pattern, rules := range wild {
+		ix.wild.add(pattern).addAll(r, rules)
+	}
+	for src, rules := range named {
+		s := &source{}
+		s.addAll(r, rules)
+		ix.wild.match(src, s.meet)
+		ix.exact[src] = s
 	}
 	return ix
 }
 
-func (ix *index) named(src string) *source {
-	s := ix.exact[src]
-	if s == nil {
-		s = &source{}
-		ix.exact[src] = s
+func (c *cell) addAll(r *Ruleset, rules []int32) {
+	for _, i := range rules {
+		c.add(&r.rules[i], i)
 	}
-	return s
 }
 
 // meet remembers what a pattern says that matches the source.
