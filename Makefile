@@ -14,6 +14,7 @@ PROTOC_GRPC := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 FUZZTIME    ?= 10s
 DECISIONS   ?= 10000000
 UNIVERSES   ?= 20000
+ROUNDS      ?= 12
 
 # The race detector needs a C compiler.
 CC_FOUND    := $(shell command -v "$$(go env CC 2>/dev/null)" 2>/dev/null)
@@ -22,7 +23,7 @@ RACE        := $(if $(CC_FOUND),-race)
 # name → package of every program
 PROGRAMS := sallyport-controlplane=./cmd/controlplane sallyport-proxy=./cmd/proxy sallyport=./cmd/sallyport shop=./examples/shop secrets=./examples/secrets
 
-.PHONY: help build pkcs11 demo test test-long smoke e2e kubernetes lint vuln fuzz proto clean have-go
+.PHONY: help build pkcs11 demo test test-long smoke e2e kubernetes bench bench-agree lint vuln fuzz proto clean have-go
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -61,6 +62,13 @@ e2e: build ## run the programs through faults: kills, rotations, images, units
 kubernetes: build ## run against a real kube-apiserver, built once (some minutes)
 	@test/kubernetes/apiserver/build.sh >/dev/null
 	@go test -tags kubernetes -count=1 -v ./test/kubernetes/...
+
+bench: have-go ## time our evaluator, alone and beside cedar, OPA and casbin (half an hour)
+	@go test -run '^$$' -bench 'Decide|Compile|NewRuleset|For100k' -benchtime 200ms -count 10 ./pkg/policy
+	@cd bench && go test -run '^$$' -bench . -benchtime 1x -timeout 2h -rounds $(ROUNDS)
+
+bench-agree: have-go ## hold cedar, OPA, casbin and our evaluator to the same answers
+	@cd bench && go vet ./... && go test -count=1 ./...
 
 lint: have-go ## check format, vet, staticcheck and the import rows
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "not formatted:"; echo "$$unformatted"; exit 1; }

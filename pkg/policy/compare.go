@@ -104,11 +104,11 @@ func newSide(rs *Ruleset, id string) side {
 }
 
 // find gives the verdict on an undeclared port as none: its sidecar refuses it.
-func (s side) find(src string, port uint16, h *HTTPRequest) verdict {
-	if _, ok := s.workload.Port(port); !ok {
-		return verdict{}
+func (s side) find(src string, port uint16, h *HTTPRequest) (v verdict) {
+	if _, ok := s.workload.Port(port); ok {
+		s.index.find(src, port, h, &v)
 	}
-	return s.index.find(src, port, h)
+	return v
 }
 
 // passes reports whether something passes today, if perhaps through an open door.

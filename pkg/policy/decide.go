@@ -11,47 +11,57 @@ import "slices"
 // request can tell. Every window of time counts as open: see [Ruleset.At].
 //
 // It takes no lock and reads no clock. Its cost does not depend on the number of
-// rules, and it does not allocate, once the destination's index is there: the
-// first call for a destination makes it, except that [NewRuleset] does so for a
-// sidecar's own.
-func (r *Ruleset) Decide(q Request) Decision {
+// rules but on that of the patterns which match, and it does not allocate, once the
+// destination's index is there: the first call for a destination makes it, except
+// that [NewRuleset] does so for a sidecar's own.
+func (r *Ruleset) Decide(q Request) (d Decision) {
 	if r == nil || q.Port == 0 {
-		return Decision{}
+		return
 	}
-	d := r.dests[q.Dst.String()]
-	if d == nil {
-		return r.decision(r.search(q), q.HTTP)
+	var v verdict
+	dest := r.only
+	if dest == nil || dest.id != q.Dst.String() {
+		dest = r.dests[q.Dst.String()]
 	}
-	ix := d.index.Load()
-	if ix == nil {
-		ix = r.prepare(d)
+	if dest == nil {
+		v = r.search(q)
+	} else {
+		ix := dest.index.Load()
+		if ix == nil {
+			ix = r.prepare(dest)
+		}
+		ix.find(q.Src.String(), q.Port, q.HTTP, &v)
 	}
-	return r.decision(ix.find(q.Src.String(), q.Port, q.HTTP), q.HTTP)
+	r.put(&v, q.HTTP, &d)
+	return
 }
 
-// decision turns a verdict into words.
-func (r *Ruleset) decision(v verdict, request *HTTPRequest) Decision {
+// put turns a verdict into words. Decide is called for every request, so neither
+// of the two is copied on the way.
+func (r *Ruleset) put(v *verdict, request *HTTPRequest, d *Decision) {
 	switch {
 	case request != nil && v.when != 0 && request.Check() != nil:
-		return Decision{}
+		return
 	case v.deny != 0:
 		rule := &r.rules[v.deny-1]
-		return Decision{Rule: rule.Ref, Reason: rule.Reason}
+		d.Rule, d.Reason = rule.Ref, rule.Reason
+		return
 	case request == nil && v.undecided():
-		return Decision{Effect: Inspect, Would: Inspect}
+		d.Effect, d.Would = Inspect, Inspect
+		return
 	case v.allow == 0 && v.door == 0:
-		return Decision{}
+		return
 	}
-	d := Decision{Effect: Allow, Would: Allow}
+	d.Effect, d.Would = Allow, Allow
 	i := v.allow
 	if i == 0 {
 		i, d.Would = v.door, Deny
 	}
-	d.Rule, d.Reason = r.rules[i-1].Ref, r.rules[i-1].Reason
+	rule := &r.rules[i-1]
+	d.Rule, d.Reason = rule.Ref, rule.Reason
 	if v.audit != 0 {
 		d.Audited, d.Would = r.rules[v.audit-1].Ref, Deny
 	}
-	return d
 }
 
 // search is Decide for a destination that is no workload and that only patterns
@@ -109,7 +119,7 @@ type verdict struct {
 }
 
 // undecided reports whether the answer depends on requests.
-func (v verdict) undecided() bool {
+func (v *verdict) undecided() bool {
 	asks := v.when&allows.bit() != 0 && v.allow == 0
 	return asks || v.when&(denies.bit()|audits.bit()) != 0 && (v.allow != 0 || v.door != 0)
 }
@@ -127,7 +137,7 @@ func (v *verdict) add(s say, rule int32) {
 	*at = first(*at, rule+1)
 }
 
-func (v *verdict) merge(o verdict) {
+func (v *verdict) merge(o *verdict) {
 	v.deny = first(v.deny, o.deny)
 	v.audit = first(v.audit, o.audit)
 	v.allow = first(v.allow, o.allow)
@@ -135,20 +145,26 @@ func (v *verdict) merge(o verdict) {
 	v.when |= o.when
 }
 
-// first gives the smaller of two rules, where 0 is none.
-func first(a, b int32) int32 {
-	if a == 0 || b != 0 && b < a {
-		return b
-	}
-	return a
-}
+// first gives the smaller of two rules, where 0 is none. It does not branch: one
+// less than 0 is the largest number.
+func first(a, b int32) int32 { return int32(min(uint32(a)-1, uint32(b)-1) + 1) }
 
 // index finds the verdict on a source and a port for one destination. Its size
 // is that of the From lists of the rules about the destination.
 type index struct {
-	exact map[string]*cell // :: SPIFFE ID, "" for none →
-	wild  trie[cell]       // :: pattern →
+	exact map[string]*source // :: SPIFFE ID, "" for none →
+	wild  trie[cell]         // :: pattern →
 }
+
+// source is an ID that some rule names.
+type source struct {
+	cell         // what the rules that name it say
+	met  []*cell // what the patterns that match it say; nil where many do …
+	many bool    // … and each decision looks for them
+}
+
+// maxMet is how many patterns an index remembers for one source.
+const maxMet = 16
 
 // cell is what the rules that name one source, or one pattern, say.
 type cell struct {
@@ -175,32 +191,50 @@ func (r *Ruleset) prepare(d *destination) *index {
 	return ix
 }
 
-// newIndex indexes the rules about a destination.
+// newIndex indexes the rules about a destination. What is said about one source is
+// made at one time, so that it lies together in memory.
 func (r *Ruleset) newIndex(dst string) *index {
-	ix := &index{exact: map[string]*cell{}}
+	named := map[string][]int32{} // :: SPIFFE ID, "" for none → indexes of rules
+	wild := map[string][]int32{}  // :: pattern → indexes of rules
 	for _, i := range r.rulesTo(dst) {
 		rule := &r.rules[i]
 		if rule.Anonymous {
-			ix.named("").add(rule, i)
+			named[""] = append(named[""], i)
 		}
 		for _, p := range rule.From {
 			if _, exact := p.Exact(); exact {
-				ix.named(p.String()).add(rule, i)
+				named[p.String()] = append(named[p.String()], i)
 			} else if !p.IsZero() {
-				ix.wild.add(p.String()).add(rule, i)
+				wild[p.String()] = append(wild[p.String()], i)
 			}
 		}
+	}
+	ix := &index{exact: make(map[string]*source, len(named))}
+	for pattern, rules := range wild {
+		ix.wild.add(pattern).addAll(r, rules)
+	}
+	for src, rules := range named {
+		s := &source{}
+		s.addAll(r, rules)
+		ix.wild.match(src, s.meet)
+		ix.exact[src] = s
 	}
 	return ix
 }
 
-func (ix *index) named(src string) *cell {
-	c := ix.exact[src]
-	if c == nil {
-		c = &cell{}
-		ix.exact[src] = c
+func (c *cell) addAll(r *Ruleset, rules []int32) {
+	for _, i := range rules {
+		c.add(&r.rules[i], i)
 	}
-	return c
+}
+
+// meet remembers what a pattern says that matches the source.
+func (s *source) meet(c *cell) {
+	if s.many || len(s.met) == maxMet {
+		s.met, s.many = nil, true
+		return
+	}
+	s.met = append(s.met, c)
 }
 
 func (c *cell) add(rule *Rule, i int32) {
@@ -253,20 +287,22 @@ func (c *cell) at(port uint16, h *HTTPRequest, v *verdict) {
 }
 
 func (p *part) tell(h *HTTPRequest, v *verdict) {
-	v.merge(p.verdict)
+	v.merge(&p.verdict)
 	if p.asks != nil && h != nil {
 		p.asks.match(h, v)
 	}
 }
 
-// find gives the verdict on a source, a port, and a request, if any.
-func (ix *index) find(src string, port uint16, h *HTTPRequest) verdict {
-	var v verdict
-	if c := ix.exact[src]; c != nil {
-		c.at(port, h, &v)
+// find merges into v what is said about a source, a port, and a request, if any.
+func (ix *index) find(src string, port uint16, h *HTTPRequest, v *verdict) {
+	if s := ix.exact[src]; s != nil {
+		s.at(port, h, v)
+		for _, c := range s.met {
+			c.at(port, h, v)
+		}
+		if !s.many {
+			return
+		}
 	}
-	if ix.wild.n > 0 {
-		ix.wild.match(src, func(c *cell) { c.at(port, h, &v) })
-	}
-	return v
+	ix.wild.match(src, func(c *cell) { c.at(port, h, v) })
 }

@@ -2,7 +2,6 @@ package policy
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -76,57 +75,6 @@ func TestDecideDoesNotAllocate(t *testing.T) {
 	q := Request{Src: id("/x"), Dst: id("/a/b/c"), Port: 1}
 	if n := testing.AllocsPerRun(100, func() { wild.Decide(q) }); n != 0 {
 		t.Errorf("destination by pattern: got %v allocations, want none", n)
-	}
-}
-
-func BenchmarkDecide(b *testing.B) {
-	for _, n := range []int{10, 1000, 100_000} {
-		rs := NewRuleset(manyRules(n))
-		for _, name := range []string{"exact", "pattern", "deny", "nobody"} {
-			b.Run(fmt.Sprintf("rules=%d/%s", n, name), func(b *testing.B) {
-				b.ReportAllocs()
-				q := manyRequests[name].q
-				for b.Loop() {
-					rs.Decide(q)
-				}
-			})
-		}
-	}
-}
-
-// BenchmarkCompare100k compares meshes of 1,000 workloads and 100,000 rules that
-// differ in one.
-func BenchmarkCompare100k(b *testing.B) {
-	rules := meshRules(1000, 100)
-	var workloads []CompiledWorkload
-	for i := range 1000 {
-		workloads = append(workloads, CompiledWorkload{
-			Workload: Workload{Name: fmt.Sprintf("w%d", i), Ports: []Port{{Name: "http", Number: 80}}},
-			ID:       id(fmt.Sprintf("/w/%d", i)),
-		})
-	}
-	slices.SortFunc(workloads, func(a, b CompiledWorkload) int { return strings.Compare(a.ID.String(), b.ID.String()) })
-	before, after := newRuleset(slices.Clone(rules), workloads, nil), newRuleset(rules[1:], workloads, nil)
-	for b.Loop() {
-		if d := Compare(before, after); len(d.Lost) != 1 || len(d.Gained) != 0 {
-			b.Fatal(d)
-		}
-	}
-}
-
-func BenchmarkNewRuleset100k(b *testing.B) {
-	rules := manyRules(100_000)
-	for b.Loop() {
-		NewRuleset(rules)
-	}
-}
-
-// BenchmarkFor100k slices a mesh of 10,000 workloads and 100,000 rules.
-func BenchmarkFor100k(b *testing.B) {
-	rs := newRuleset(meshRules(10_000, 10), nil, nil)
-	self := id("/w/7")
-	for b.Loop() {
-		rs.For(self)
 	}
 }
 
@@ -289,4 +237,28 @@ func TestConcurrentUse(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// TestManyPatternsMatchOneSource goes past what an index remembers for a source.
+func TestManyPatternsMatchOneSource(t *testing.T) {
+	to := []identity.Pattern{pattern("/shop/payments")}
+	for _, segs := range []int{2, 4, 5} { // 3, 15 and 31 patterns
+		src := id(strings.Repeat("/a", segs))
+		rules := []Rule{{Ref: RuleRef{Line: 1}, Effect: Allow, From: []identity.Pattern{identity.ExactPattern(src)}, To: to, Ports: []uint16{1}}}
+		for bits := 1; bits < 1<<segs; bits++ {
+			text := ""
+			for i := range segs {
+				text += []string{"/a", "/*"}[bits>>i&1]
+			}
+			line := len(rules) + 1
+			rules = append(rules, Rule{Ref: RuleRef{Line: line}, Effect: Allow, From: []identity.Pattern{pattern(text)}, To: to, Ports: []uint16{uint16(line)}})
+		}
+		rs := NewRuleset(rules)
+		for _, r := range rules {
+			q := Request{Src: src, Dst: id("/shop/payments"), Port: r.Ports[0]}
+			if got := rs.Decide(q); got.Effect != Allow || got.Rule.Line != r.Ref.Line {
+				t.Errorf("%s, port %d: got %+v, want line %d", src, q.Port, got, r.Ref.Line)
+			}
+		}
+	}
 }

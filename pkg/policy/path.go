@@ -32,6 +32,9 @@ func CheckPath(path string) error {
 	start, encoded := 1, false // of the segment; whether anything is encoded
 	for i := 1; i <= len(path); i++ {
 		if i < len(path) && path[i] != '/' {
+			if plain(path[i]) {
+				continue
+			}
 			n, err := checkChar(path[i:])
 			if err != nil {
 				return err
@@ -81,17 +84,11 @@ func checkChar(s string) (int, error) {
 
 // plain reports whether c stands for itself in a path: the pchar of RFC 3986
 // section 3.3, save for ";".
-func plain(c byte) bool {
-	switch {
-	case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9':
-		return true
-	}
-	switch c {
-	case '-', '.', '_', '~', '!', '$', '&', '\'', '(', ')', '*', '+', ',', '=', ':', '@':
-		return true
-	}
-	return false
-}
+func plain(c byte) bool { return c < 0x80 && plainBytes[c>>6]>>(c&63)&1 != 0 }
+
+// plainBytes has a bit for each byte below 0x80: '0' to '9' and !$&'()*+,-.:=, then
+// letters and @_~.
+var plainBytes = [2]uint64{0x27ff7fd2_00000000, 0x47fffffe_87ffffff}
 
 // decode reads "%XX", in upper case.
 func decode(s string) (byte, bool) {

@@ -120,6 +120,7 @@ type Decision struct {
 // to sidecars.
 type Rule struct {
 	Ref    RuleRef
+	Reason string // beside Ref: a Decision takes both
 	Effect Effect
 	// Audit says that a deny only records, and that an allow is an open door: it
 	// grants what full enforcement would refuse.
@@ -131,5 +132,4 @@ type Rule struct {
 	HTTP      []HTTPMatch        // any one of them matches; empty: the whole connection
 	// The rule holds from Since until before Until; the zero time is no limit.
 	Since, Until time.Time
-	Reason       string
 }

@@ -43,8 +43,8 @@ func (ix *index) conditions(src string, port uint16) []condition {
 			}
 		}
 	}
-	if c := ix.exact[src]; c != nil {
-		take(c)
+	if s := ix.exact[src]; s != nil {
+		take(&s.cell)
 	}
 	ix.wild.match(src, take)
 	return out

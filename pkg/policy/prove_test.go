@@ -16,7 +16,7 @@ import (
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
-var universes = flag.Int("universes", 400, "how many random sets TestProveAgreesWithBruteForce proves")
+var universes = flag.Int("universes", 200, "how many random sets TestProveAgreesWithBruteForce proves")
 
 // TestProveAgreesWithBruteForce takes small sets at random and asks everybody who
 // could exist about everybody: whoever passes is a breach that Prove must know of.

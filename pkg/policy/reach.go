@@ -131,7 +131,8 @@ func (r *Ruleset) opens(rules []int32, ports []Port) bool {
 				v.add(rule.say(), i)
 			}
 		}
-		if r.decision(v, nil).Effect != Deny {
+		var d Decision
+		if r.put(&v, nil, &d); d.Effect != Deny {
 			return true
 		}
 	}

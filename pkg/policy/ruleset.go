@@ -26,6 +26,7 @@ type Ruleset struct {
 	targets []target                // one per distinct To
 	of      []int32                 // :: index of rules → index of targets
 	dests   map[string]*destination // :: SPIFFE ID that a To names exactly, or of a workload →
+	only    *destination            // the one of dests, if it is alone: a sidecar's own
 	wild    trie[[]int32]           // :: pattern → indexes of targets
 
 	sources atomic.Pointer[sourceIndex] // made by the first Reach
@@ -55,10 +56,8 @@ func NewRuleset(rules []Rule) *Ruleset {
 		}
 	}
 	r := newRuleset(rules, nil, nil)
-	if len(r.dests) == 1 { // a sidecar's own: no request shall wait for its index
-		for _, d := range r.dests {
-			r.prepare(d)
-		}
+	if r.only != nil { // no request shall wait for its index
+		r.prepare(r.only)
 	}
 	return r
 }
@@ -96,6 +95,11 @@ func newRuleset(rules []Rule, workloads, templates []CompiledWorkload) *Ruleset 
 		}
 		r.of[i] = t
 		r.targets[t].rules = append(r.targets[t].rules, int32(i))
+	}
+	if len(r.dests) == 1 {
+		for _, d := range r.dests {
+			r.only = d
+		}
 	}
 	return r
 }

@@ -40,10 +40,8 @@ func (r *Ruleset) Next(t time.Time) time.Time {
 func (r *Ruleset) with(rules []Rule) *Ruleset {
 	out := newRuleset(rules, r.workloads, r.templates)
 	out.domains, out.externals = r.domains, r.externals
-	if len(out.dests) == 1 {
-		for _, d := range out.dests {
-			out.prepare(d)
-		}
+	if out.only != nil {
+		out.prepare(out.only)
 	}
 	return out
 }
