@@ -47,7 +47,7 @@ has it (git:REVISION:FOLDER).`,
 				return c.printDiff(policy.Compare(before, after))
 			},
 		},
-		c.policyImpact(&trustDomain), c.policySuggest(&trustDomain),
+		c.policyReach(&trustDomain), c.policyImpact(&trustDomain), c.policySuggest(&trustDomain),
 	)
 	return p
 }
