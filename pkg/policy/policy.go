@@ -132,4 +132,6 @@ type Rule struct {
 	// The rule holds from Since until before Until; the zero time is no limit.
 	Since, Until time.Time
 	Reason       string
+
+	col int // of the entry in its file, where it was compiled
 }

@@ -30,6 +30,7 @@ var td = spiffeid.RequireTrustDomainFromString("shop.example")
 //	explain    the same lines, then the full explanation
 //	reach      lines SRC: DST ...
 //	ways       lines FROM → [all], or → TO [all], then the ways
+//	warnings   what policy check warns of, on 2026-12-01
 //	tests      the output of the policy tests
 //	diff       the difference from the files below before/
 //
@@ -156,6 +157,12 @@ func (s *story) tell(t *testing.T, section, asked string) (string, bool) {
 				fmt.Fprintf(&b, " %s", s.rs.title(id.String()))
 			}
 			b.WriteString("\n")
+		}
+		return b.String(), true
+	case "warnings":
+		var b strings.Builder
+		for _, w := range s.rs.Warnings(s.sets, time.Date(2026, 12, 1, 0, 0, 0, 0, time.UTC)) {
+			b.WriteString(w.String() + "\n")
 		}
 		return b.String(), true
 	case "ways":

@@ -103,7 +103,13 @@ func checkWays(t *rapid.T, rs *Ruleset, ways []Way, q Request, at time.Time) {
 	if want.Effect == Allow && len(told) == 0 {
 		t.Fatalf("%v %+v at %v passes (%+v) and is not told in\n%s", q, q.HTTP, at, want, Reached{Ways: ways})
 	}
+	conn := q
+	conn.HTTP = nil
 	for _, w := range told {
+		want := want
+		if w.Requests == "" && want.Effect == Allow { // a request may be allowed by another rule than its connection
+			want = reference(rs.At(at).Rules(), conn)
+		}
 		if want.Effect != Allow || w.Rule != want.Rule || w.Audited != want.Audited || w.Door != (want.Would == Deny && want.Audited.IsZero()) && want.Audited.IsZero() {
 			t.Fatalf("%v %+v at %v is told as %+v, and decided %+v", q, q.HTTP, at, w, want)
 		}
