@@ -54,6 +54,11 @@ func (g *gate) named() map[string]bool {
 	return out
 }
 
+// names reports whether some rule names an ID, "" for callers without one.
+func (g *gate) names(id string) bool {
+	return slices.ContainsFunc(g.index, func(ix *index) bool { return len(ix.cells(id)) > 0 })
+}
+
 // wild gives the patterns that some rule has as a source.
 func (g *gate) wild() map[string]bool {
 	out := map[string]bool{}

@@ -199,9 +199,21 @@ func (s *waySearch) into(n *wayNode, rules []int32, sel selection) []Way {
 	slices.Sort(rules)
 	var about []Rule
 	grants := false
+	var exact []identity.Pattern
+	if sel.vector == nil && sel.id != "" {
+		p, err := identity.ParsePattern(sel.id)
+		if err != nil {
+			return nil // never: it is an ID
+		}
+		exact = []identity.Pattern{p}
+	}
 	for _, i := range rules {
 		rule := s.r.rules[i]
-		if !sel.all { // a label may stand for thousands
+		switch { // a label may stand for thousands
+		case sel.all:
+		case sel.vector == nil && sel.id != "":
+			rule.From = exact
+		default:
 			rule.From = slices.DeleteFunc(slices.Clone(rule.From), func(p identity.Pattern) bool { return !sel.meets(p.String()) })
 		}
 		about = append(about, rule)

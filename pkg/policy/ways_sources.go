@@ -89,7 +89,7 @@ func (r *Ruleset) crowd(g *gate, sel selection) crowd {
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(ids)) {
-		if sel.has(id) {
+		if sel.has(id) && g.names(id) {
 			c.ids = append(c.ids, id)
 		}
 	}
