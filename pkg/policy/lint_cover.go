@@ -20,9 +20,6 @@ type cover struct {
 	// what their To, and perhaps that of others, has of patterns.
 	about func(dst vector) []*Rule
 	wild  []string
-	// requests says that rules about requests may together match a rule that is
-	// about none: the connection is open then, and every request on it is matched.
-	requests bool
 }
 
 // covers reports whether everything that r matches is matched.
@@ -90,12 +87,13 @@ func (c *cover) moments(r *Rule, by []*Rule) bool {
 	return true
 }
 
-// kinds goes through the kinds of request that r matches.
+// kinds goes through the kinds of request that r matches; where it is about none,
+// all of them.
 func (c *cover) kinds(r *Rule, by []*Rule) bool {
 	switch {
 	case slices.ContainsFunc(by, func(o *Rule) bool { return len(o.HTTP) == 0 }):
 		return true
-	case len(by) == 0 || len(r.HTTP) == 0 && !c.requests:
+	case len(by) == 0:
 		return false
 	}
 	var matches []*HTTPMatch

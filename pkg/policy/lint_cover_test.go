@@ -122,12 +122,15 @@ func TestShadowedIsExact(t *testing.T) {
 		if rapid.Bool().Draw(t, "narrow") && len(denies) > 0 { // so that some are
 			rules[0].To, rules[0].From, rules[0].Anonymous = denies[0].To, denies[0].From, denies[0].Anonymous
 			rules[0].Ports = denies[0].Ports
+			if rapid.Bool().Draw(t, "requests") {
+				rules[0].HTTP = denies[0].HTTP
+			}
 		}
 		allow := &rules[0]
 		if !allow.Until.IsZero() && !allow.Until.After(now) || !allow.Until.IsZero() && !allow.Until.After(allow.Since) || neverMatch(allow.HTTP, Allow) {
 			return // reported as such
 		}
-		c := cover{now: now, vectors: map[string]vector{}, requests: true, wild: wildTo(denies), about: func(vector) []*Rule {
+		c := cover{now: now, vectors: map[string]vector{}, wild: wildTo(denies), about: func(vector) []*Rule {
 			var out []*Rule
 			for i := range denies {
 				out = append(out, &denies[i])
@@ -153,6 +156,9 @@ func TestWarnedRulesDoNothing(t *testing.T) {
 	removed := 0
 	check(t, func(t *rapid.T) {
 		rules := rapid.SliceOfN(genMeshRule, 1, 6).Draw(t, "rules")
+		if rapid.IntRange(0, 3).Draw(t, "twice") == 0 {
+			rules = append(rules, rules[0])
+		}
 		now := epoch.Add(time.Duration(rapid.IntRange(0, 4).Draw(t, "now")) * 30 * time.Minute)
 		l := linter{rs: NewRuleset(rules), now: now, cover: cover{now: now, vectors: map[string]vector{}}, wildDenies: wildTo(rules)}
 		l.of = make([]*lintRule, len(rules))

@@ -123,7 +123,7 @@ func (l *linter) shadowed(r *lintRule) {
 	}
 	by := map[*lintRule]bool{}
 	c := l.cover
-	c.requests, c.wild = true, l.wildDenies
+	c.wild = l.wildDenies
 	c.about = func(dst vector) []*Rule {
 		var out []*Rule
 		for _, i := range l.rs.rulesTo(dst.String()) {

@@ -289,3 +289,25 @@ func TestRemovalPatchOfFiles(t *testing.T) {
 		t.Error("a file that no set has")
 	}
 }
+
+// What is written so that lines cannot be cut is refused, not cut wrongly.
+func TestRemovalPatchRefuses(t *testing.T) {
+	const src = `apiVersion: sallyport.dev/v1
+kind: Policy
+metadata: {name: p}
+spec:
+  to: {id: /x/*}
+  allow:
+    - {from: [{id: /a}],
+ports: [80]}
+    - {from: [{id: /b}], ports: [80]}
+`
+	set, err := ParseFiles("", map[string][]byte{"a.yaml": []byte(src)})
+	if err != nil {
+		t.Skipf("it is no YAML any more: %v", err)
+	}
+	if patch, err := RemovalPatch([]*Set{set}, []RuleRef{{Policy: "p", File: "a.yaml", Line: 7}}, ""); err == nil {
+		got, err := applyPatch(src, string(patch))
+		t.Errorf("got %s (%v)", got, err)
+	}
+}
