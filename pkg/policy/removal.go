@@ -77,8 +77,16 @@ func (r *remover) remove(allows []RuleRef) error {
 			r.want = append(r.want, d)
 		}
 	}
+	if len(r.cuts) == 0 {
+		return errors.New("it has none of them")
+	}
+	return r.check()
+}
+
+// check orders the cuts and compares what they leave with what was meant.
+func (r *remover) check() error {
 	slices.SortFunc(r.cuts, func(a, b textCut) int { return a.from - b.from })
-	for i := range r.cuts[1:] {
+	for i := range max(0, len(r.cuts)-1) {
 		if r.cuts[i].to > r.cuts[i+1].from {
 			return errLayout
 		}

@@ -228,7 +228,8 @@ func (r *remover) flowEnd(at int) (int, bool) {
 				i += bytes.IndexByte(r.src[i:], '\n')
 			}
 		case '"', '\'':
-			if before := r.src[i-1]; bytes.IndexByte([]byte(" \t\n,:[{"), before) < 0 {
+			before := bytes.TrimRight(r.src[:i], " \t\r\n")
+			if bytes.IndexByte([]byte(",:[{"), before[len(before)-1]) < 0 {
 				continue // within plain text
 			}
 			for i++; i < len(r.src) && (r.src[i] != c || c == '\'' && r.src[i+1] == c); i++ {

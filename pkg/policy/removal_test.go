@@ -97,7 +97,7 @@ func genFile(t *rapid.T) (src string, goes map[string]bool) {
 			r := written{name: fmt.Sprintf("rule%d", n), goes: bit("goes")}
 			goes[r.name] = r.goes
 			r.text = rapid.SampledFrom([]string{
-				"{from: [{id: /%s}], ports: [http]}", "{from: [{id: \"/%s\"}], ports: [all], reason: 'it''s } here'}", "{from: [{id: /%s}], ports: [80], reason: \"a \\\" # ]\"}",
+				"{from: [{id: /%s}], ports: [http]}", "{from: [{id: \"/%s\"}], ports: [all], reason: 'it''s } here'}", "{from: [{id: /%s}], ports: [80], reason: \"a \\\" # ]\"}", "{from: [{id: /%s}], ports: [80], reason: rock 'n roll}",
 			}).Draw(t, "text")
 			r.text = fmt.Sprintf(r.text, r.name)
 			rules = append(rules, r)
@@ -288,6 +288,20 @@ func TestRemovalPatchOfFiles(t *testing.T) {
 	if _, err := RemovalPatch([]*Set{root}, []RuleRef{{Policy: "a", File: "gone.yaml", Line: 4}}, ""); err == nil {
 		t.Error("a file that no set has")
 	}
+	if _, err := RemovalPatch([]*Set{root}, []RuleRef{{Policy: "a", File: "all of it.yaml", Line: 5}}, ""); err == nil {
+		t.Error("a rule that the file does not have")
+	}
+}
+
+// Whatever is cut, what is left is compared with what was meant.
+func TestRemovalPatchChecks(t *testing.T) {
+	src := []byte("apiVersion: sallyport.dev/v1\nkind: Policy\nmetadata: {name: p}\nspec:\n  to: {id: /x/*}\n  allow:\n    - {from: [{id: /a}], ports: [80]}\n    - {from: [{id: /b}], ports: [80]}\n    - {from: [{id: /c}], ports: [80]}\n")
+	r := remover{src: src}
+	require.NoError(t, r.remove([]RuleRef{{Policy: "p", Line: 7}}))
+	r.cutLines(7, 8) // the next rule, too
+	require.ErrorIs(t, r.check(), errLayout)
+	r.cuts = nil
+	require.ErrorIs(t, r.check(), errLayout)
 }
 
 // What is written so that lines cannot be cut is refused, not cut wrongly.

@@ -199,6 +199,11 @@ func (s *waySearch) into(n *wayNode, rules []int32, sel selection) []Way {
 	slices.Sort(rules)
 	var about []Rule
 	grants := false
+	here, err := identity.ParsePattern("spiffe://" + n.place.vector.td + "/**")
+	if err != nil {
+		return nil // never: it is a trust domain
+	}
+	to := []identity.Pattern{here} // all that is asked is about this destination
 	var exact []identity.Pattern
 	if sel.vector == nil && sel.id != "" {
 		p, err := identity.ParsePattern(sel.id)
@@ -209,6 +214,7 @@ func (s *waySearch) into(n *wayNode, rules []int32, sel selection) []Way {
 	}
 	for _, i := range rules {
 		rule := s.r.rules[i]
+		rule.To = to
 		switch { // a label may stand for thousands
 		case sel.all:
 		case sel.vector == nil && sel.id != "":
