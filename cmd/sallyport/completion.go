@@ -72,7 +72,11 @@ func (c *cli) argumentCompletions() map[string]cobra.CompletionFunc {
 		"PATH...": func(*cobra.Command, []string, string) ([]cobra.Completion, cobra.ShellCompDirective) {
 			return []cobra.Completion{"yaml", "yml"}, cobra.ShellCompDirectiveFilterFileExt
 		},
-		"A":         c.sides,
+		"A":      c.sides,
+		"[SIDE]": c.sides,
+		"[DECISION]": func(*cobra.Command, []string, string) ([]cobra.Completion, cobra.ShellCompDirective) {
+			return nil, cobra.ShellCompDirectiveNoFileComp // of a log, and of nothing that can be listed
+		},
 		"B":         c.sides,
 		"NAME":      c.sets,
 		"REV":       c.revisions,

@@ -34,6 +34,7 @@ func (r *recorded) flags(cmd *cobra.Command) {
 
 func (c *cli) policyImpact(trustDomain *string) *cobra.Command {
 	var from recorded
+	var patch bool
 	cmd := &cobra.Command{
 		Use: "impact DIR", Short: "Decide recorded connections again, by the rules of a folder", Args: args("DIR"),
 		Long: `Impact tells which recorded connections would get another verdict if the folder
@@ -41,17 +42,22 @@ were applied now: by whom, to what, how often and when last. Only records of the
 destination's own sidecar count. What cannot be told from a record is reported as
 unknown. Below it are the allows that no record matches.
 
-The exit code is 1 if a verdict changes, or might.`,
+The exit code is 1 if a verdict changes, or might. With --patch all that is printed
+is a patch that removes the allows without a record from the files, for git apply or
+patch -p1; review it: what happens once a year may not be recorded.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			records, td, err := c.observed(cmd.Context(), from)
 			if err != nil {
 				return err
 			}
-			rules, _, err := load(args[0], recordedDomain(*trustDomain, td))
+			rules, sets, err := load(args[0], recordedDomain(*trustDomain, td))
 			if err != nil {
 				return err
 			}
 			impact := policy.ImpactOf(rules, time.Now(), records)
+			if patch {
+				return c.printRemoval(args[0], sets, impact)
+			}
 			if c.output == "json" {
 				err = c.printJSON(impactJSON(impact))
 			} else {
@@ -64,6 +70,7 @@ The exit code is 1 if a verdict changes, or might.`,
 		},
 	}
 	from.flags(cmd)
+	cmd.Flags().BoolVar(&patch, "patch", false, "print a patch that removes the allows that no record matches")
 	return cmd
 }
 

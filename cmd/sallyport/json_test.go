@@ -69,7 +69,7 @@ func TestEveryVerbHasJSON(t *testing.T) {
 	require.NoError(t, err)
 	examples := []example{
 		{"policy check", "policy"}, {"policy test", "policy"}, {"policy prove", "policy"}, {"policy diff", "policy policy"},
-		{"policy impact", "policy --flows flows"}, {"policy suggest", "policy --flows flows"},
+		{"policy reach", "policy --to b"}, {"policy impact", "policy --flows flows"}, {"policy suggest", "policy --flows flows"},
 		{"apply", "policy"}, {"history", ""}, {"status", ""}, {"flows", ""}, {"audit", ""},
 		{"explain", "--from a --to b"}, {"token create", "--workload a"}, {"bundle show", ""},
 		{"identity list", ""}, {"identity explain", "--kind unix --evidence evidence.yaml"},

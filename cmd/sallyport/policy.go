@@ -19,16 +19,7 @@ func (c *cli) policy() *cobra.Command {
 	p := group("policy", "Check, test and compare policy files, without a control plane")
 	p.PersistentFlags().StringVar(&trustDomain, "trust-domain", offlineTrustDomain, "trust `domain` of the mesh, where the files name it")
 	p.AddCommand(
-		&cobra.Command{
-			Use: "check DIR", Short: "Parse and resolve a folder", Args: args("DIR"),
-			RunE: func(_ *cobra.Command, args []string) error {
-				rules, sets, err := load(args[0], trustDomain)
-				if err != nil {
-					return err
-				}
-				return c.printCheck(rules, sets)
-			},
-		},
+		c.policyCheck(&trustDomain),
 		c.policyTest(&trustDomain), c.policyProve(&trustDomain),
 		&cobra.Command{
 			Use: "diff A B", Short: "Say who gains and who loses access from A to B", Args: args("A", "B"),
@@ -47,7 +38,7 @@ has it (git:REVISION:FOLDER).`,
 				return c.printDiff(policy.Compare(before, after))
 			},
 		},
-		c.policyImpact(&trustDomain), c.policySuggest(&trustDomain),
+		c.policyReach(&trustDomain), c.policyImpact(&trustDomain), c.policySuggest(&trustDomain),
 		c.policySchema(), c.policyFmt(),
 	)
 	return p
@@ -70,19 +61,6 @@ func load(dir, trustDomain string) (*policy.Ruleset, []*policy.Set, error) {
 		return nil, nil, err
 	}
 	return rules, sets, nil
-}
-
-func (c *cli) printCheck(rules *policy.Ruleset, sets []*policy.Set) error {
-	policies, tests := 0, 0
-	for _, s := range sets {
-		policies += len(s.Policies)
-		tests += len(s.Tests)
-	}
-	if c.output == "json" {
-		return c.printJSON(map[string]int{"sets": len(sets), "workloads": len(rules.Workloads()), "policies": policies, "tests": tests})
-	}
-	_, err := fmt.Fprintf(c.stdout, "ok: %s, %s, %s, %s\n", count(len(sets), "set"), count(len(rules.Workloads()), "workload"), countOf(policies, "policy", "policies"), count(tests, "policy test"))
-	return err
 }
 
 func (c *cli) printTests(report policy.TestReport) error {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -116,85 +115,6 @@ func authorityKind(a *sallyportv1.Authority) string {
 		return "JWT key"
 	}
 	return a.GetKind()
-}
-
-func (c *cli) explain() *cobra.Command {
-	req := &sallyportv1.ExplainRequest{}
-	var request, at string
-	cmd := &cobra.Command{
-		Use: "explain", Short: "Say what would happen to a connection and which line decides", Args: cobra.NoArgs,
-		Long: `Explain answers for --from and --to (a workload's name, /path or spiffe:// ID)
-on one --port or on all declared ones, or for the --decision id of a flow. --http
-asks about one request, --at about another moment than now.`,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if req.GetDecisionId() == "" && (req.GetFrom() == "" || req.GetTo() == "") {
-				return errors.New("explain needs --from and --to, or --decision")
-			}
-			if request != "" {
-				var ok bool
-				if req.Method, req.Path, ok = strings.Cut(request, " "); !ok {
-					return fmt.Errorf("--http %q: want a method and a path, as in \"POST /v1/charges\"", request)
-				}
-			}
-			if at != "" {
-				t, err := time.Parse(time.RFC3339, at)
-				if err != nil {
-					return fmt.Errorf("--at %q: want a time as in 2026-12-31T00:00:00Z", at)
-				}
-				req.At = timestamppb.New(t)
-			}
-			return c.admin(cmd.Context(), func(ctx context.Context, a sallyportv1.AdminClient) error {
-				resp, err := a.Explain(ctx, req)
-				if err != nil {
-					return err
-				}
-				return c.print(resp, func(w io.Writer) {
-					for _, e := range resp.GetExplanations() {
-						printExplanation(w, e)
-					}
-				})
-			})
-		},
-	}
-	cmd.Flags().StringVar(&req.From, "from", "", "who calls")
-	cmd.Flags().StringVar(&req.To, "to", "", "who is called")
-	cmd.Flags().StringVar(&req.Port, "port", "", "name or number (default: every declared port)")
-	cmd.Flags().StringVar(&request, "http", "", "one `request`, as in \"POST /v1/charges\"")
-	cmd.Flags().StringVar(&req.Host, "host", "", "its host")
-	cmd.Flags().StringArrayVar(&req.Headers, "header", nil, "a `line` of its header, as in \"x-team: sales\"; may be given again")
-	cmd.Flags().StringVar(&at, "at", "", "another `time` than now, as in 2026-12-31T00:00:00Z")
-	cmd.Flags().StringVar(&req.DecisionId, "decision", "", "decision `id` of a flow record")
-	return cmd
-}
-
-func printExplanation(w io.Writer, e *sallyportv1.Explanation) {
-	fmt.Fprintf(w, "%s  %s → %s:%s\n", strings.ToUpper(e.GetVerdict()), e.GetFrom(), e.GetTo(), strings.TrimSuffix(e.GetPort()+" "+e.GetRequest(), " "))
-	line := func(label, format string, args ...any) {
-		fmt.Fprintf(w, "  %-15s %s\n", label, fmt.Sprintf(format, args...))
-	}
-	switch {
-	case e.GetVerdict() == "inspect":
-		line("decided by", "each request by itself: ask about one with --http")
-	case e.GetRule() != "" && e.GetWould() == "deny" && e.GetAudited() == "":
-		line("let through by", "the open door of %s (%s); no rule allows it", e.GetRule(), e.GetLocation())
-	case e.GetRule() != "":
-		line("decided by", "%s (%s)", e.GetRule(), e.GetLocation())
-	default:
-		line("decided by", "no rule allows it, and what no rule allows is denied")
-	}
-	if e.GetAudited() != "" {
-		line("would be denied", "by %s (%s), which only records", e.GetAudited(), e.GetAuditedLocation())
-	}
-	if e.GetReason() != "" {
-		line("reason", "%s", e.GetReason())
-	}
-	if e.GetNearest() != "" {
-		line("nearest rule", "%s (%s)", e.GetNearest(), e.GetNearestLocation())
-		line("what it misses", "%s", e.GetMissed())
-	}
-	if e.GetNote() != "" {
-		line("note", "%s", e.GetNote())
-	}
 }
 
 func (c *cli) audit() *cobra.Command {

@@ -244,7 +244,7 @@ func (c *compiler) entry(s *Set, p Policy, to destinations, effect Effect, e Ent
 	rule := Rule{
 		Ref:    RuleRef{Set: s.Name, Policy: p.Name, File: p.File, Line: e.line},
 		Effect: effect, Audit: e.Audit, From: from, Anonymous: e.anonymous(),
-		HTTP: e.HTTP, Since: e.Since, Until: e.Until, Reason: e.Reason,
+		HTTP: e.HTTP, Since: e.Since, Until: e.Until, Reason: e.Reason, col: e.col,
 	}
 	groups, ok := c.groups(s, p, to, e)
 	if !ok {

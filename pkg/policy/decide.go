@@ -306,3 +306,10 @@ func (ix *index) find(src string, port uint16, h *HTTPRequest, v *verdict) {
 	}
 	ix.wild.match(src, func(c *cell) { c.at(port, h, v) })
 }
+
+// verdict gives what find does, away from the path of decisions.
+func (ix *index) verdict(src string, port uint16, h *HTTPRequest) verdict {
+	var v verdict
+	ix.find(src, port, h, &v)
+	return v
+}

@@ -111,15 +111,7 @@ func (c *collector) err() error {
 		return nil
 	}
 	out := slices.Clone(c.errs)
-	slices.SortStableFunc(out, func(a, b *Error) int {
-		if d := strings.Compare(a.File, b.File); d != 0 {
-			return d
-		}
-		if a.Line != b.Line {
-			return a.Line - b.Line
-		}
-		return a.Col - b.Col
-	})
+	slices.SortStableFunc(out, comparePlace)
 	switch {
 	case c.cut:
 		out = append(out, &Error{Msg: "and perhaps more mistakes"})

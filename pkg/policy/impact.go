@@ -59,7 +59,7 @@ type Impact struct {
 	Unknown []Change  // was kept too coarsely to tell: never guessed
 	Same    int       // records that nothing changes for
 	Ignored int       // records of others than the destination's own sidecar
-	Unused  []RuleRef // allows that match no record
+	Unused  []RuleRef // allows that match no record, save those that have not begun
 }
 
 // Changes reports whether any verdict changes, or might.
@@ -119,7 +119,7 @@ func ImpactOf(rules *Ruleset, t time.Time, records []Observed) Impact {
 			out.Refused = append(out.Refused, c)
 		}
 	}
-	out.Unused = rules.unused(matched)
+	out.Unused = rules.unused(t, matched)
 	return out
 }
 
@@ -142,11 +142,12 @@ func (r *Ruleset) match(q Request, matched map[RuleRef]bool) {
 	}
 }
 
-// unused gives the allows, open doors apart, none of whose parts was matched.
-func (r *Ruleset) unused(matched map[RuleRef]bool) []RuleRef {
+// unused gives the allows, open doors apart, none of whose parts was matched. Those
+// that have not begun at t could not be.
+func (r *Ruleset) unused(t time.Time, matched map[RuleRef]bool) []RuleRef {
 	var out []RuleRef
 	for i := range r.Rules() {
-		if rule := &r.rules[i]; rule.say() == allows && !matched[rule.Ref] && !slices.Contains(out, rule.Ref) {
+		if rule := &r.rules[i]; rule.say() == allows && !rule.Since.After(t) && !matched[rule.Ref] && !slices.Contains(out, rule.Ref) {
 			out = append(out, rule.Ref)
 		}
 	}

@@ -47,6 +47,7 @@ spec:
     - {from: [{workload: batch}], ports: [raw], until: 2026-11-01T00:00:00Z}
     - {from: [{workload: web}], ports: [http], http: [{methods: [GET], paths: [/a]}]}
     - {from: [{workload: web}], ports: [raw]}
+    - {from: [{workload: web}], ports: [raw], since: 2027-01-01T00:00:00Z}
   deny:
     - {from: [{workload: batch}], ports: [http]}
 `

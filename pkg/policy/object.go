@@ -212,3 +212,15 @@ func shorten(s string) string {
 	}
 	return strings.ToValidUTF8(s[:limit], "") + "…"
 }
+
+// places gives where the elements of a list are written.
+func places(n *yaml.Node) []pos {
+	if n.Kind != yaml.SequenceNode {
+		return nil
+	}
+	out := make([]pos, len(n.Content))
+	for i, item := range n.Content {
+		out[i] = at(item)
+	}
+	return out
+}

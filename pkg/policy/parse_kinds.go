@@ -31,6 +31,7 @@ func (f *fileReader) defaults(name string, p pos, n *yaml.Node) {
 		if o, ok := f.object(an, "spec.audit", untilOnly.known); ok {
 			if un, ok := o.need("until"); ok {
 				d.Until, _ = f.time(un, "spec.audit.until")
+				d.until = at(un)
 			}
 		}
 	}

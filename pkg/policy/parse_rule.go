@@ -39,6 +39,9 @@ func (f *fileReader) entry(n *yaml.Node, what string, effect Effect) (Entry, boo
 		e.Reason = f.reason(rn, what+".reason")
 	}
 	e.Since, e.Until = f.window(o)
+	if un, ok := o.fields["until"]; ok {
+		e.until = at(un)
+	}
 	f.requests(o, &e)
 	if mn, ok := o.fields["mode"]; ok {
 		if mode, ok := f.text(mn, o.path("mode")); ok && mode != "audit" {
@@ -106,10 +109,10 @@ func (f *fileReader) requests(o object, e *Entry) {
 		f.fail(at(gn), "write two rules", "%s has both http and grpc", o.what)
 		return
 	case hasHTTP:
-		e.http = at(hn)
+		e.http, e.matches = at(hn), places(hn)
 		e.HTTP = f.matches(hn, o.path("http"), f.httpMatch)
 	case hasGRPC:
-		e.http, e.GRPC = at(gn), true
+		e.http, e.matches, e.GRPC = at(gn), places(gn), true
 		e.HTTP = f.matches(gn, o.path("grpc"), f.grpcMatch)
 	}
 	wn, hasWhen := o.fields["when"]

@@ -23,6 +23,10 @@ func (f *fileReader) workload(meta object, name string, p pos, n *yaml.Node) {
 	templated := map[string]*yaml.Node{} // :: label → where {…} is its value
 	if ln, ok := meta.fields["labels"]; ok {
 		w.Labels = f.labels(ln, "metadata.labels", templated)
+		w.labels = map[string]pos{}
+		for i := 0; i+1 < len(ln.Content); i += 2 {
+			w.labels[ln.Content[i].Value] = at(ln.Content[i])
+		}
 	}
 	spec, ok := f.object(n, "spec", workloadSpec.known)
 	if !ok {
@@ -39,7 +43,7 @@ func (f *fileReader) workload(meta object, name string, p pos, n *yaml.Node) {
 		w.MaxStale = f.maxStale(mn)
 	}
 	if pn, ok := spec.fields["ports"]; ok {
-		w.Ports = f.ports(pn, "spec.ports")
+		w.Ports, w.ports = f.ports(pn, "spec.ports"), places(pn)
 	}
 	f.set.Workloads = append(f.set.Workloads, w)
 }

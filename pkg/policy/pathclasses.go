@@ -10,6 +10,7 @@ import (
 type pathClass struct {
 	witness string
 	name    string // the narrowest of the patterns, or "other paths"
+	matched []int  // indexes of the patterns, ascending
 }
 
 // pathClasses gives one class for each set of patterns that some canonical path
@@ -114,7 +115,7 @@ func (w *pathWalk) found(segs []string, matched []int) {
 	if _, known := w.classes[key]; known {
 		return
 	}
-	c := pathClass{witness: "/" + strings.Join(segs, "/"), name: "other paths"}
+	c := pathClass{witness: "/" + strings.Join(segs, "/"), name: "other paths", matched: matched}
 	best := -1
 	for _, i := range matched {
 		if n := w.patterns[i].literals(); n > best {

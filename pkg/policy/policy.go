@@ -132,4 +132,6 @@ type Rule struct {
 	HTTP      []HTTPMatch        // any one of them matches; empty: the whole connection
 	// The rule holds from Since until before Until; the zero time is no limit.
 	Since, Until time.Time
+
+	col int // of the entry in its file, where it was compiled
 }

@@ -21,11 +21,15 @@ type probes struct {
 	dims  []dimension
 	all   []probe
 	exact bool
+
+	patterns []string    // of paths
+	paths    []pathClass // what the second dimension stands for
 }
 
 // dimension is one property of a request.
 type dimension struct {
 	names []string // of its values; "" needs no words
+	exact []string // the same, in words that nobody can take for another value; nil: they are so
 }
 
 type probe struct {
@@ -79,10 +83,10 @@ func (c *comparison) probesOf(conditions []condition) (probes, bool) {
 func newProbes(matches []*HTTPMatch) probes {
 	v := collect(matches)
 	paths, exact := pathClasses(v.paths)
-	out := probes{exact: exact && v.small()}
+	out := probes{exact: exact && v.small(), patterns: v.paths, paths: paths}
 	var set []func(*HTTPRequest, int) // :: index of dims → puts a value in
 	dim := func(names []string, put func(*HTTPRequest, int)) {
-		out.dims = append(out.dims, dimension{names})
+		out.dims = append(out.dims, dimension{names: names})
 		set = append(set, put)
 	}
 	methods := append(v.methods, "OTHER-METHOD")
@@ -95,19 +99,23 @@ func newProbes(matches []*HTTPMatch) probes {
 	if len(v.hosts) > 0 {
 		hosts := append(v.hosts, "other-host.invalid")
 		dim(append(slices.Clone(v.hosts), "other hosts"), func(h *HTTPRequest, i int) { h.Host = hosts[i] })
+		out.say(append(slices.Clone(v.hosts), "hosts not "+strings.Join(v.hosts, " or ")))
 	}
 	for _, name := range slices.Sorted(maps.Keys(v.headers)) {
 		states := headerStates(strings.ToLower(name), slices.Sorted(maps.Keys(v.headers[name])))
-		names := make([]string, len(states))
+		names, exact := make([]string, len(states)), make([]string, len(states))
 		for i, s := range states {
-			names[i] = s.name
+			names[i], exact[i] = s.name, s.exact
 		}
 		dim(names, func(h *HTTPRequest, i int) { h.Header[name] = states[i].lines })
+		out.say(exact)
 	}
 	for _, key := range slices.SortedFunc(maps.Keys(v.claims), func(a, b [2]string) int { return strings.Compare(a[0]+" "+a[1], b[0]+" "+b[1]) }) {
-		sets := subsets(slices.Sorted(maps.Keys(v.claims[key])))
-		names := make([]string, len(sets))
+		values := slices.Sorted(maps.Keys(v.claims[key]))
+		sets := subsets(values)
+		names, exact := make([]string, len(sets)), make([]string, len(sets))
 		for i, s := range sets {
+			exact[i] = onlyValues(key[1]+" of "+key[0], s, values, "")
 			names[i] = fmt.Sprintf("%s of %s: %s", key[1], key[0], strings.Join(s, ", "))
 			if len(s) == 0 {
 				names[i] = "without " + key[1] + " of " + key[0]
@@ -119,6 +127,7 @@ func newProbes(matches []*HTTPMatch) probes {
 			}
 			h.Claims[key[0]][key[1]] = sets[i]
 		})
+		out.say(exact)
 	}
 	out.fill(set)
 	return out
@@ -203,21 +212,21 @@ func (v mentioned) small() bool {
 
 // headerState is what a request may have of one header.
 type headerState struct {
-	name  string
-	lines []string
+	name, exact string
+	lines       []string
 }
 
 // headerStates tells apart what conditions can: absent, another value, one value
 // alone, several, each set of values beside another one.
 func headerStates(name string, values []string) []headerState {
 	const other = "other-value"
-	out := []headerState{{"without " + name, nil}, {"other " + name, []string{other}}}
+	out := []headerState{{"without " + name, "without " + name, nil}, {"other " + name, onlyValues(name, nil, values, ""), []string{other}}}
 	for _, v := range values {
-		out = append(out, headerState{name + ": " + v, []string{v}})
+		out = append(out, headerState{name + ": " + v, name + ": " + v, []string{v}})
 	}
 	for _, s := range subsets(values) {
 		if len(s) > 0 {
-			out = append(out, headerState{name + ": " + strings.Join(s, " and ") + " and others", append(slices.Clone(s), other)})
+			out = append(out, headerState{name + ": " + strings.Join(s, " and ") + " and others", onlyValues(name, s, values, " and more"), append(slices.Clone(s), other)})
 		}
 	}
 	return out
@@ -250,32 +259,7 @@ func (p probes) describe(some []int) []string {
 	if len(some) == len(p.all) {
 		return []string{"every request"}
 	}
-	in := map[string][]int{} // :: text of at → at
-	for _, i := range some {
-		in[fmt.Sprint(p.all[i].at)] = p.all[i].at
-	}
-	for d := range p.dims { // a property that does not matter is left out
-		free := true
-		for _, at := range in {
-			for v := range p.dims[d].names {
-				other := slices.Clone(at)
-				other[d] = v
-				if _, ok := in[fmt.Sprint(other)]; !ok && at[d] != v {
-					free = false
-				}
-			}
-		}
-		if free {
-			next := map[string][]int{}
-			for _, at := range in {
-				at = slices.Clone(at)
-				at[d] = -1
-				next[fmt.Sprint(at)] = at
-			}
-			in = next
-		}
-	}
-	return p.words(slices.Collect(maps.Values(in)))
+	return p.words(p.reduce(some))
 }
 
 // words joins what differs in the method only.

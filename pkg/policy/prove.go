@@ -313,7 +313,7 @@ func passesSometime(rs *Ruleset) outcomeOf {
 		ix := now.newIndex(anyDest)
 		conditions := ix.conditions(anySource, anyPort)
 		if len(conditions) == 0 {
-			if lets(ix, nil) {
+			if ix.verdict(anySource, anyPort, nil).passes() {
 				return outcomeOf{passes: true, at: t}
 			}
 			continue
@@ -324,18 +324,11 @@ func passesSometime(rs *Ruleset) outcomeOf {
 		}
 		probes := newProbes(matches)
 		for i := range probes.all {
-			if r := &probes.all[i].request; lets(ix, r) {
+			if r := &probes.all[i].request; ix.verdict(anySource, anyPort, r).passes() {
 				return outcomeOf{passes: true, at: t, request: r}
 			}
 		}
 		unsure = unsure || !probes.exact
 	}
 	return outcomeOf{unsure: unsure}
-}
-
-// lets reports whether something passes from the one to the other.
-func lets(ix *index, h *HTTPRequest) bool {
-	var v verdict
-	ix.find(anySource, anyPort, h, &v)
-	return v.passes()
 }

@@ -133,34 +133,45 @@ func (s *scope) patterns() []string {
 // for: those whose selectors name it.
 func (c *compiler) labelUses() map[string]map[string]place {
 	uses := map[string]map[string]place{} // :: key → set → where its selectors name it first
-	use := func(s *Set, file string, sel Selector) {
-		for key := range sel.Labels {
-			if uses[key] == nil {
-				uses[key] = map[string]place{}
-			}
-			if _, known := uses[key][s.Name]; !known {
-				uses[key][s.Name] = place{s, file, sel.line}
-			}
-		}
-	}
 	for _, s := range c.sets {
-		for _, p := range s.Policies {
-			use(s, p.File, p.To)
-			for _, e := range slices.Concat(p.Allow, p.Deny) {
-				for _, sel := range e.From {
-					use(s, p.File, sel)
+		for _, sel := range s.selectors() {
+			for key := range sel.Labels {
+				if uses[key] == nil {
+					uses[key] = map[string]place{}
+				}
+				if _, known := uses[key][s.Name]; !known {
+					uses[key][s.Name] = place{s, sel.file, sel.line}
 				}
 			}
 		}
-		for _, d := range s.Defaults {
-			use(s, d.File, d.To)
-		}
-		for _, v := range s.Invariants {
-			use(s, v.File, v.From)
-			use(s, v.File, v.To)
-		}
 	}
 	return uses
+}
+
+// placed is a selector and the file that it stands in.
+type placed struct {
+	Selector
+	file string
+}
+
+// selectors lists what a set selects by, tests apart.
+func (s *Set) selectors() []placed {
+	var out []placed
+	for _, p := range s.Policies {
+		out = append(out, placed{p.To, p.File})
+		for _, e := range slices.Concat(p.Allow, p.Deny) {
+			for _, sel := range e.From {
+				out = append(out, placed{sel, p.File})
+			}
+		}
+	}
+	for _, d := range s.Defaults {
+		out = append(out, placed{d.To, d.File})
+	}
+	for _, v := range s.Invariants {
+		out = append(out, placed{v.From, v.File}, placed{v.To, v.File})
+	}
+	return out
 }
 
 // reserved says why only a Scope can grant a label key to a set; "" if it is free.

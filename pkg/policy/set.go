@@ -53,7 +53,9 @@ type Workload struct {
 	Line     int    // of metadata.name, from 1
 	Col      int    // in characters, from 1
 
-	id pos // of spec.id where written, else of metadata.name
+	id     pos            // of spec.id where written, else of metadata.name
+	labels map[string]pos // :: key → where it is written
+	ports  []pos          // of Ports
 }
 
 // MaxStale bounds how old a workload's revocation list may become while its
@@ -89,7 +91,9 @@ type Entry struct {
 	Reason       string // at most [MaxReason] bytes, printable
 
 	pos
-	http, when pos // of http or grpc, and of when
+	http, when pos   // of http or grpc, and of when
+	matches    []pos // of the entries of http or grpc
+	until      pos
 }
 
 // Defaults is a door left open while a team moves in: until Until, every identity
@@ -102,6 +106,8 @@ type Defaults struct {
 	File  string // path below the policy folder, with slashes
 	Line  int    // of metadata.name, from 1
 	Col   int    // in characters, from 1
+
+	until pos
 }
 
 // Scope says what the set of its name may say. A set other than the root set that

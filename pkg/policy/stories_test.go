@@ -29,6 +29,8 @@ var td = spiffeid.RequireTrustDomainFromString("shop.example")
 //	decisions  lines SRC DST PORT [METHOD /PATH …]: what explain says on its first two lines
 //	explain    the same lines, then the full explanation
 //	reach      lines SRC: DST ...
+//	ways       lines FROM → [all], or → TO [all], then the ways
+//	warnings   what policy check warns of, on 2026-12-01
 //	tests      the output of the policy tests
 //	proof      whether the invariants hold
 //	diff       the difference from the files below before/
@@ -156,6 +158,26 @@ func (s *story) tell(t *testing.T, section, asked string) (string, bool) {
 				fmt.Fprintf(&b, " %s", s.rs.title(id.String()))
 			}
 			b.WriteString("\n")
+		}
+		return b.String(), true
+	case "warnings":
+		var b strings.Builder
+		for _, w := range s.rs.Warnings(s.sets, time.Date(2026, 12, 1, 0, 0, 0, 0, time.UTC)) {
+			b.WriteString(w.String() + "\n")
+		}
+		return b.String(), true
+	case "ways":
+		var b strings.Builder
+		for line := range strings.Lines(asked) {
+			if strings.HasPrefix(line, " ") {
+				continue // an earlier answer
+			}
+			from, to, ok := strings.Cut(strings.TrimSpace(line), "→")
+			require.True(t, ok, "%q", line)
+			to, all := strings.CutSuffix(to, "all")
+			ways, err := s.rs.Ways(WaysQuestion{From: strings.TrimSpace(from), To: strings.TrimSpace(to), All: all})
+			require.NoError(t, err)
+			b.WriteString(strings.TrimSpace(line) + "\n    " + strings.ReplaceAll(strings.TrimSpace(ways.String()), "\n", "\n    ") + "\n")
 		}
 		return b.String(), true
 	case "tests":
