@@ -213,4 +213,7 @@ func TestCompileAgreesWithReference(t *testing.T) {
 	}
 }
 
-func FuzzCompile(f *testing.F) { f.Fuzz(rapid.MakeFuzz(func(t *rapid.T) { compileAndAsk(t) })) }
+func FuzzCompile(f *testing.F) {
+	addNoise(f)
+	f.Fuzz(rapid.MakeFuzz(func(t *rapid.T) { compileAndAsk(t) }))
+}
