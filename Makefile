@@ -13,6 +13,7 @@ PROTOC_GEN_GO := google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12
 PROTOC_GRPC := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 FUZZTIME    ?= 10s
 DECISIONS   ?= 10000000
+UNIVERSES   ?= 20000
 
 # The race detector needs a C compiler.
 CC_FOUND    := $(shell command -v "$$(go env CC 2>/dev/null)" 2>/dev/null)
@@ -46,8 +47,9 @@ test: have-go ## run every test that needs no root and no installed server
 	@$(if $(CC_FOUND),,echo "no C compiler found: testing without the race detector")
 	@$(if $(CC_FOUND),CGO_ENABLED=1) go test $(RACE) ./...
 
-test-long: have-go ## ask the evaluator and its reference DECISIONS random questions
+test-long: have-go ## ask evaluator and reference DECISIONS questions, prove UNIVERSES sets by force
 	@go test -count=1 -timeout 60m ./pkg/policy -run '^TestDecideAgreesWithReference$$' -decisions $(DECISIONS)
+	@go test -count=1 -timeout 60m ./pkg/policy -run '^TestProveAgreesWithBruteForce$$' -universes $(UNIVERSES)
 
 smoke: build ## run the demo's story and check it
 	@go test -tags smoke -count=1 ./test/smoke/...

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"regexp"
 	"slices"
 	"strconv"
@@ -140,6 +141,56 @@ func testsJSON(report policy.TestReport) any {
 		Failed  bool       `json:"failed"`
 		Results []jsonTest `json:"results"`
 	}{len(report.Results), report.Failed(), results}
+}
+
+type jsonParty struct {
+	Name   string            `json:"name"`
+	ID     string            `json:"id"`
+	Labels map[string]string `json:"labels"`
+	Exists bool              `json:"exists"`
+}
+
+func partyJSON(p policy.Party) jsonParty {
+	out := jsonParty{p.Name, p.ID.String(), map[string]string{}, p.Exists}
+	maps.Copy(out.Labels, p.Labels)
+	return out
+}
+
+type jsonBreach struct {
+	Invariant string    `json:"invariant"`
+	File      string    `json:"file"`
+	Line      int       `json:"line"`
+	From      jsonParty `json:"from"`
+	To        jsonParty `json:"to"`
+	Port      string    `json:"port"`
+	Number    uint16    `json:"number"`
+	Request   string    `json:"request"`
+	At        string    `json:"at"`
+	Rule      *jsonRule `json:"rule"`
+	Door      bool      `json:"door"`
+}
+
+func proofJSON(p policy.Proof) any {
+	breaches := mapped(p.Breaches, func(x policy.Breach) jsonBreach {
+		out := jsonBreach{
+			Invariant: x.Invariant, File: x.File, Line: x.Line, From: partyJSON(x.From), To: partyJSON(x.To),
+			Port: x.Port.Name, Number: x.Port.Number, Rule: ruleJSON(x.Rule), Door: x.Door,
+		}
+		if x.Request != nil {
+			out.Request = x.Request.String()
+		}
+		if !x.At.IsZero() {
+			out.At = x.At.Format(time.RFC3339)
+		}
+		return out
+	})
+	return struct {
+		Invariants int          `json:"invariants"`
+		Failed     bool         `json:"failed"`
+		Breaches   []jsonBreach `json:"breaches"`
+		More       int          `json:"more"`
+		Unproved   []string     `json:"unproved"`
+	}{p.Invariants, p.Failed(), breaches, p.More, append([]string{}, p.Unproved...)}
 }
 
 type jsonAccess struct {

@@ -40,6 +40,7 @@ func TestEveryVerbHasJSON(t *testing.T) {
 	files := map[string]string{
 		"policy/a.yaml":      "apiVersion: sallyport.dev/v1\nkind: Workload\nmetadata: {name: a}\nspec: {attest: [{kind: join-token}, {kind: unix, via: [/agent], uid: 7}]}\n",
 		"policy/shop/b.yaml": "apiVersion: sallyport.dev/v1\nkind: Workload\nmetadata: {name: b}\nspec: {attest: [{kind: join-token}], ports: [{name: http, port: 80, protocol: http}]}\n",
+		"policy/scope.yaml":  "apiVersion: sallyport.dev/v1\nkind: Scope\nmetadata: {name: shop}\nspec: {ids: [/b], evidence: [{kind: join-token}]}\n",
 		"evidence.yaml":      "uid: 7\n",
 		"flows":              "",
 	}
@@ -67,7 +68,7 @@ func TestEveryVerbHasJSON(t *testing.T) {
 	history, err := m.Admin.History(t.Context(), &sallyportv1.HistoryRequest{})
 	require.NoError(t, err)
 	examples := []example{
-		{"policy check", "policy"}, {"policy test", "policy"}, {"policy diff", "policy policy"},
+		{"policy check", "policy"}, {"policy test", "policy"}, {"policy prove", "policy"}, {"policy diff", "policy policy"},
 		{"policy impact", "policy --flows flows"}, {"policy suggest", "policy --flows flows"},
 		{"apply", "policy"}, {"history", ""}, {"status", ""}, {"flows", ""}, {"audit", ""},
 		{"explain", "--from a --to b"}, {"token create", "--workload a"}, {"bundle show", ""},

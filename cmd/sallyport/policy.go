@@ -29,7 +29,7 @@ func (c *cli) policy() *cobra.Command {
 				return c.printCheck(rules, sets)
 			},
 		},
-		c.policyTest(&trustDomain),
+		c.policyTest(&trustDomain), c.policyProve(&trustDomain),
 		&cobra.Command{
 			Use: "diff A B", Short: "Say who gains and who loses access from A to B", Args: args("A", "B"),
 			Long: `Diff says who gains and who loses access to what. Each side is a folder, what is in

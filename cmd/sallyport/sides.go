@@ -20,25 +20,35 @@ import (
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
 
-// loadSide loads a folder, what is in force ("live") or was ("live@REVISION"), or a
-// folder of a git revision ("git:REVISION:FOLDER").
+// loadSide loads what [cli.loadSets] does.
 func (c *cli) loadSide(ctx context.Context, name, trustDomain string) (*policy.Ruleset, error) {
-	if revision, ok := strings.CutPrefix(name, "live@"); ok || name == "live" {
-		sets, err := c.applied(ctx, revision, ok)
-		if err != nil {
-			return nil, err
-		}
-		return compileSide(sets, trustDomain)
-	}
-	if rest, ok := strings.CutPrefix(name, "git:"); ok {
-		sets, err := gitSets(ctx, rest)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
-		}
-		return compileSide(sets, trustDomain)
-	}
-	rules, _, err := load(name, trustDomain)
+	rules, _, err := c.loadSets(ctx, name, trustDomain)
 	return rules, err
+}
+
+// loadSets loads a folder, what is in force ("live") or was ("live@REVISION"), or a
+// folder of a git revision ("git:REVISION:FOLDER").
+func (c *cli) loadSets(ctx context.Context, name, trustDomain string) (*policy.Ruleset, []*policy.Set, error) {
+	var sets []*policy.Set
+	var err error
+	revision, named := strings.CutPrefix(name, "live@")
+	rest, isGit := strings.CutPrefix(name, "git:")
+	switch {
+	case named || name == "live":
+		sets, err = c.applied(ctx, revision, named)
+	case isGit:
+		if sets, err = gitSets(ctx, rest); err != nil {
+			err = fmt.Errorf("%s: %w", name, err)
+		}
+	default:
+		rules, sets, err := load(name, trustDomain)
+		return rules, sets, err
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	rules, err := compileSide(sets, trustDomain)
+	return rules, sets, err
 }
 
 // applied reads the sets of a revision; "live" has none, and is the one in force.
@@ -160,8 +170,9 @@ func (c *cli) policyTest(trustDomain *string) *cobra.Command {
 	var junit string
 	cmd := &cobra.Command{
 		Use: "test DIR", Short: "Run the PolicyTests of a folder", Args: args("DIR"),
-		RunE: func(_ *cobra.Command, args []string) error {
-			rules, sets, err := load(args[0], *trustDomain)
+		Long: "Test runs the PolicyTests of a folder; live, live@REVISION and git:REVISION:FOLDER\nstand for one, as in policy diff.",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			rules, sets, err := c.loadSets(cmd.Context(), args[0], *trustDomain)
 			if err != nil {
 				return err
 			}
@@ -176,6 +187,37 @@ func (c *cli) policyTest(trustDomain *string) *cobra.Command {
 	}
 	cmd.Flags().StringVar(&junit, "junit", "", "also write the outcome to this `file`, as JUnit XML")
 	return cmd
+}
+
+func (c *cli) policyProve(trustDomain *string) *cobra.Command {
+	return &cobra.Command{
+		Use: "prove DIR", Short: "Prove the Invariants of a folder over every identity that could exist", Args: args("DIR"),
+		Long: `Prove shows that no Invariant can be broken, by anybody who exists or could exist, on
+any port, by any request, at any time; or it gives a counter-example. Open doors count
+as open. The folder may be live, live@REVISION or git:REVISION:FOLDER, as in policy
+diff. The exit code is 1 if an Invariant does not hold.`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			rules, sets, err := c.loadSets(cmd.Context(), args[0], *trustDomain)
+			if err != nil {
+				return err
+			}
+			return c.printProof(policy.Prove(rules, sets))
+		},
+	}
+}
+
+func (c *cli) printProof(proof policy.Proof) error {
+	if c.output == "json" {
+		if err := c.printJSON(proofJSON(proof)); err != nil {
+			return err
+		}
+	} else if _, err := fmt.Fprint(c.stdout, proof); err != nil {
+		return err
+	}
+	if proof.Failed() {
+		return errReported
+	}
+	return nil
 }
 
 // The form that build services read: one suite, one case for each PolicyTest.

@@ -40,7 +40,7 @@ type plan struct {
 // Apply makes ch the content of the sets that it names, whole or not at all.
 //
 // It is refused with [policy.Errors] where files are wrong, with ErrTests where
-// a policy test fails, with ErrLastWorkload, ErrNoSet, ErrConflict, ErrTooLarge,
+// a policy test fails, with ErrInvariants where an Invariant does not hold, with ErrLastWorkload, ErrNoSet, ErrConflict, ErrTooLarge,
 // with [policy.ErrNoWorkload] where no set would define a Workload any more, and
 // with ErrWatched while a directory is watched; only a set that has no folder
 // there may be removed then. The root set is never removed. Both outcomes leave
@@ -233,6 +233,12 @@ func (c *Catalog) tryOnce(ctx context.Context, b base, p plan) (Result, error) {
 	r.Tests, r.Diff = tests.String(), describe(old, next)
 	if tests.Failed() {
 		return r, c.refuse(ctx, p, fmt.Errorf("%w:\n%s", ErrTests, r.Tests))
+	}
+	if proof := policy.Prove(next.rules, next.list()); proof.Invariants > 0 {
+		r.Tests += proof.String()
+		if proof.Failed() {
+			return r, c.refuse(ctx, p, fmt.Errorf("%w:\n%s", ErrInvariants, proof))
+		}
 	}
 	if p.dryRun {
 		return r, nil

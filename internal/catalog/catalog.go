@@ -36,6 +36,8 @@ var (
 	ErrNoRevision = errors.New("no such revision in the history")
 	// ErrTests says that a policy test fails under the changed sets.
 	ErrTests = errors.New("policy tests fail")
+	// ErrInvariants says that an Invariant does not hold under the changed sets.
+	ErrInvariants = errors.New("invariants do not hold")
 	// ErrTooLarge says that the sets together exceed what one revision may hold.
 	ErrTooLarge = errors.New("the sets are too large")
 )
@@ -79,7 +81,7 @@ type Result struct {
 	Epoch, N  int64  // the revision in force afterwards
 	Unchanged bool   // the files were in force already
 	Diff      string // which files changed and who gains or loses access, for people
-	Tests     string // outcome of the policy tests, for people; also set with ErrTests
+	Tests     string // outcome of the policy tests and Invariants, for people; also set with ErrTests and ErrInvariants
 }
 
 // Entry is one revision of the history.

@@ -52,6 +52,15 @@ func expect(from, to, verdict string) []byte {
 	return []byte("apiVersion: sallyport.dev/v1\nkind: PolicyTest\nmetadata: {name: t}\nspec:\n  cases:\n    - {from: " + from + ", to: " + to + ", expect: " + verdict + "}\n")
 }
 
+// scope is a resource file that lets the set define workloads of these names, of
+// the set's own name if none.
+func scope(set string, names ...string) []byte {
+	if len(names) == 0 {
+		names = []string{set}
+	}
+	return []byte("apiVersion: sallyport.dev/v1\nkind: Scope\nmetadata: {name: " + set + "}\nspec: {ids: [/" + strings.Join(names, ", /") + "], evidence: [{kind: join-token}]}\n")
+}
+
 func shop() files {
 	return files{"a.yaml": workload("orders"), "b.yaml": workload("payments"), "p.yaml": allow("orders", "payments")}
 }
@@ -143,10 +152,10 @@ func TestApply(t *testing.T) {
 	if got := state(t, newCatalog(t, s)); !reaches(got, "orders", "payments") || got.Rev != (Rev{1, 1}) {
 		t.Errorf("from the store: got %+v, want orders to reach payments", got.Rev)
 	}
-	apply(t, c, map[string]map[string][]byte{"billing": {"w.yaml": workload("invoices")}})
+	apply(t, c, map[string]map[string][]byte{"": with(shop(), "s.yaml", scope("billing", "invoices")), "billing": {"w.yaml": workload("invoices")}})
 	files, err := c.Files(t.Context(), Rev{1, 2})
 	require.NoError(t, err)
-	if len(files) != 2 || len(files[""]) != 3 || len(files["billing"]) != 1 {
+	if len(files) != 2 || len(files[""]) != 4 || len(files["billing"]) != 1 {
 		t.Errorf("got sets %v, want both", files)
 	}
 }
@@ -163,7 +172,7 @@ func TestRefused(t *testing.T) {
 		"not a file name": {root(with(shop(), "../x.yaml", workload("x"))), nil, "not the name of a resource file"},
 		"bad set name":    {Change{Sets: map[string]map[string][]byte{"Billing!": shop()}}, nil, "DNS label"},
 		"two sets":        {Change{Sets: map[string]map[string][]byte{"two": {"a.yaml": workload("orders")}}}, nil, "two/a.yaml:3:"},
-		"failing test":    {root(with(shop(), "t.yaml", expect("orders", "payments", "deny"))), ErrTests, "t.yaml:"},
+		"failing test":    {root(with(shop(), "s.yaml", scope("other", "more"), "t.yaml", expect("orders", "payments", "deny"))), ErrTests, "t.yaml:"},
 		"last workload":   {root(files{"c.yaml": []byte("# nothing\n")}), ErrLastWorkload, "the root set: the edit takes the last Workload of a set; bring a Workload back"},
 		"all files":       {root(files{}), ErrLastWorkload, "bring a Workload back"},
 		"unknown set":     {Change{Remove: []string{"billing"}}, ErrNoSet, "sets: root, other"},
@@ -172,7 +181,7 @@ func TestRefused(t *testing.T) {
 		"a big file":      {root(with(shop(), "x.yaml", []byte(strings.Repeat("#\n", policy.MaxFileSize/2+1)))), nil, "x.yaml"},
 	}
 	c := newCatalog(t, newStore(t))
-	apply(t, c, map[string]map[string][]byte{"": shop(), "other": {"p.yaml": allow("payments", "orders")}})
+	apply(t, c, map[string]map[string][]byte{"": with(shop(), "s.yaml", scope("other", "more")), "other": {"w.yaml": workload("more"), "p.yaml": allow("payments", "more")}})
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			test.change.Actor = name
@@ -211,7 +220,8 @@ func TestRefusedWhenEmpty(t *testing.T) {
 
 func TestRemoveSet(t *testing.T) {
 	c := newCatalog(t, newStore(t))
-	apply(t, c, map[string]map[string][]byte{"shop": shop(), "billing": {"w.yaml": workload("invoices")}})
+	apply(t, c, map[string]map[string][]byte{"": {"s.yaml": scope("shop", "orders", "payments"), "b.yaml": scope("billing", "invoices")},
+		"shop": shop(), "billing": {"w.yaml": workload("invoices")}})
 	_, err := c.Apply(t.Context(), Change{Remove: []string{"billing"}, Actor: "ann"})
 	require.NoError(t, err)
 	if rec := lastRecord(t, c); rec.Action != "policy.remove" || rec.Subject != "billing" {
@@ -235,7 +245,7 @@ func TestRemoveSet(t *testing.T) {
 func TestRollback(t *testing.T) {
 	c := newCatalog(t, newStore(t))
 	apply(t, c, map[string]map[string][]byte{"": shop()})
-	apply(t, c, map[string]map[string][]byte{"": with(shop(), "p.yaml", nil), "billing": {"w.yaml": workload("invoices")}})
+	apply(t, c, map[string]map[string][]byte{"": with(shop(), "p.yaml", nil, "s.yaml", scope("billing", "invoices")), "billing": {"w.yaml": workload("invoices")}})
 	if reaches(state(t, c), "orders", "payments") {
 		t.Error("orders reaches payments without a policy")
 	}
@@ -256,7 +266,7 @@ func TestRollback(t *testing.T) {
 	require.ErrorIs(t, err, ErrNoRevision)
 	h, err := c.History(t.Context(), 2)
 	require.NoError(t, err)
-	if len(h) != 2 || !h[0].Current || h[1].Current || h[0].Summary != "rollback to 1.1: added p.yaml; removed billing/w.yaml" || h[0].Actor != "bob" {
+	if len(h) != 2 || !h[0].Current || h[1].Current || h[0].Summary != "rollback to 1.1: added p.yaml; removed s.yaml, billing/w.yaml" || h[0].Actor != "bob" {
 		t.Errorf("got history %+v", h)
 	}
 }
@@ -278,7 +288,11 @@ func TestDiff(t *testing.T) {
 func TestParallelApply(t *testing.T) {
 	s := newStore(t)
 	planes := []*Catalog{newCatalog(t, s), newCatalog(t, s)}
-	apply(t, planes[0], map[string]map[string][]byte{"": shop()})
+	root := shop()
+	for i := range 20 {
+		root[fmt.Sprintf("s%d.yaml", i)] = scope(fmt.Sprintf("s%d", i))
+	}
+	apply(t, planes[0], map[string]map[string][]byte{"": root})
 	var wg sync.WaitGroup
 	for i := range 20 {
 		wg.Go(func() {
@@ -309,13 +323,18 @@ func TestSameSetMeanwhile(t *testing.T) {
 	other := newCatalog(t, s)
 	between := &hooked{Store: s}
 	c := newCatalog(t, between)
-	apply(t, c, map[string]map[string][]byte{"": shop()})
+	root := with(shop(), "s.yaml", scope("billing", "xbilling"))
+	apply(t, c, map[string]map[string][]byte{"": root})
 	for set, want := range map[string]error{"": ErrConflict, "billing": nil} {
 		between.beforeTxn = func([]store.Op) {
 			between.beforeTxn = nil
-			apply(t, other, map[string]map[string][]byte{set: with(shop(), "c.yaml", []byte("# "+set+"\n"), "a.yaml", workload("x"+set), "p.yaml", nil, "b.yaml", nil)})
+			theirs := files{"a.yaml": workload("x" + set), "c.yaml": []byte("# " + set + "\n")}
+			if set == "" {
+				theirs["s.yaml"] = root["s.yaml"]
+			}
+			apply(t, other, map[string]map[string][]byte{set: theirs})
 		}
-		_, err := c.Apply(t.Context(), Change{Sets: map[string]map[string][]byte{"": with(shop(), "d.yaml", []byte("# "+set+"\n"))}})
+		_, err := c.Apply(t.Context(), Change{Sets: map[string]map[string][]byte{"": with(root, "d.yaml", []byte("# "+set+"\n"))}})
 		if !errors.Is(err, want) {
 			t.Errorf("while set %q changed: got %v, want %v", set, err, want)
 		}

@@ -141,7 +141,7 @@ func TestWatchDir(t *testing.T) {
 func TestWatchDirIsTheOneSource(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	write(t, dir, shop())
+	write(t, dir, with(shop(), "s.yaml", scope("billing", "invoices")))
 	write(t, filepath.Join(dir, "billing"), files{"w.yaml": workload("invoices")})
 	w := follow(t, newStore(t), dir)
 	w.await(t, "start", allowed)
@@ -154,7 +154,7 @@ func TestWatchDirIsTheOneSource(t *testing.T) {
 	require.ErrorIs(t, err, ErrWatched)
 	_, err = w.Apply(t.Context(), Change{Remove: []string{"billing"}})
 	require.ErrorIs(t, err, ErrWatched)
-	_, err = w.Apply(t.Context(), Change{Sets: map[string]map[string][]byte{"": shop()}, DryRun: true})
+	_, err = w.Apply(t.Context(), Change{Sets: map[string]map[string][]byte{"": with(shop(), "s.yaml", scope("billing", "invoices"))}, DryRun: true})
 	require.NoError(t, err)
 	require.Error(t, w.WatchDir(t.Context(), t.TempDir()), "a second directory")
 
@@ -282,19 +282,19 @@ func TestDirectoryGone(t *testing.T) {
 func TestSubFolders(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	write(t, dir, shop())
+	write(t, dir, with(shop(), "s.yaml", scope("billing", "invoices"), "z.yaml", scope("stock")))
 	w := follow(t, newStore(t), dir)
 	w.await(t, "start", allowed)
-	write(t, filepath.Join(dir, "billing"), files{"w.yaml": workload("invoices"), "p.yaml": allow("invoices", "orders")})
-	w.await(t, "a new folder", func(s State) bool { return reaches(s, "invoices", "orders") })
+	write(t, filepath.Join(dir, "billing"), files{"w.yaml": workload("invoices"), "p.yaml": allow("orders", "invoices")})
+	w.await(t, "a new folder", func(s State) bool { return reaches(s, "orders", "invoices") })
 	write(t, filepath.Join(dir, "billing"), files{"p.yaml": []byte("# none\n")})
-	w.await(t, "an edit in it", func(s State) bool { return !reaches(s, "invoices", "orders") })
+	w.await(t, "an edit in it", func(s State) bool { return !reaches(s, "orders", "invoices") })
 	outside := filepath.Join(t.TempDir(), "stock")
 	write(t, outside, files{"w.yaml": workload("stock")})
 	require.NoError(t, os.Symlink(outside, filepath.Join(dir, "stock")))
 	w.await(t, "a linked folder", func(s State) bool { return len(s.Sets) == 3 })
-	write(t, outside, files{"p.yaml": allow("stock", "orders")})
-	w.await(t, "an edit in it", func(s State) bool { return reaches(s, "stock", "orders") })
+	write(t, outside, files{"p.yaml": allow("orders", "stock")})
+	w.await(t, "an edit in it", func(s State) bool { return reaches(s, "orders", "stock") })
 }
 
 // TestLastWorkloadOfFolder follows what the problem advises, where it can be
@@ -303,7 +303,7 @@ func TestLastWorkloadOfFolder(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	sub := filepath.Join(dir, "billing")
-	write(t, dir, shop())
+	write(t, dir, with(shop(), "s.yaml", scope("billing", "invoices")))
 	write(t, sub, files{"w.yaml": workload("invoices")})
 	w := follow(t, newStore(t), dir)
 	w.await(t, "start", allowed)
@@ -318,9 +318,10 @@ func TestLastWorkloadOfFolder(t *testing.T) {
 	// The only set with a Workload has to keep it.
 	dir = t.TempDir()
 	sub = filepath.Join(dir, "billing")
+	write(t, dir, files{"s.yaml": scope("billing", "invoices")})
 	write(t, sub, files{"w.yaml": workload("invoices")})
 	w = follow(t, newStore(t), dir)
-	w.await(t, "start", func(s State) bool { return len(s.Sets) == 1 })
+	w.await(t, "start", func(s State) bool { return len(s.Sets) == 2 })
 	write(t, sub, files{"w.yaml": []byte("# none\n")})
 	w.awaitProblem(t, "bring a Workload back")
 	if p := w.Problem(); strings.Contains(p, "set remove") {

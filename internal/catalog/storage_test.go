@@ -78,6 +78,7 @@ func wide() map[string]map[string][]byte {
 	sets := map[string]map[string][]byte{"": with(shop(), "c.yaml", []byte("# changed\n"))}
 	for i := range store.MaxOps/2 + 1 {
 		name := fmt.Sprintf("s%d", i)
+		sets[""][name+".yaml"] = scope(name)
 		sets[name] = files{"w.yaml": workload(name)}
 	}
 	return sets

@@ -95,7 +95,7 @@ func (a *adminServer) applied(ctx context.Context, result catalog.Result, dryRun
 func applyStatus(err error) error {
 	var files policy.Errors
 	switch {
-	case errors.As(err, &files), errors.Is(err, catalog.ErrTests), errors.Is(err, catalog.ErrLastWorkload),
+	case errors.As(err, &files), errors.Is(err, catalog.ErrTests), errors.Is(err, catalog.ErrInvariants), errors.Is(err, catalog.ErrLastWorkload),
 		errors.Is(err, policy.ErrNoWorkload), errors.Is(err, catalog.ErrTooLarge):
 		return status.Error(codes.InvalidArgument, err.Error())
 	case errors.Is(err, catalog.ErrWatched):

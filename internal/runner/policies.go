@@ -27,6 +27,9 @@ func checkPolicies(m *mesh) error {
 	if report := policy.RunTests(rules, sets); report.Failed() {
 		return fmt.Errorf("testing the policies in %s:\n%s", relative(m.policies), report)
 	}
+	if proof := policy.Prove(rules, sets); proof.Failed() {
+		return fmt.Errorf("proving the invariants in %s:\n%s", relative(m.policies), proof)
+	}
 	for _, w := range m.loads {
 		if err := m.checkWorkload(rules, w); err != nil {
 			return err

@@ -22,6 +22,9 @@ func TestCompany(t *testing.T) {
 	if report := RunTests(rules, sets); report.Failed() || len(report.Results) < 7 {
 		t.Error(report)
 	}
+	if proof := Prove(rules, sets); proof.Failed() || proof.Invariants != 6 {
+		t.Error(proof)
+	}
 	workloads, policies, names := 0, 0, []string{}
 	seen := map[string]int{}
 	for _, s := range sets {
@@ -108,6 +111,11 @@ func BenchmarkCompany(b *testing.B) {
 			RunTests(rules, sets)
 		}
 	})
+	b.Run("prove", func(b *testing.B) {
+		for b.Loop() {
+			Prove(rules, sets)
+		}
+	})
 	b.Run("diff", func(b *testing.B) {
 		for b.Loop() {
 			Compare(rules, after)
@@ -118,6 +126,7 @@ func BenchmarkCompany(b *testing.B) {
 			sets, rules := read(b, os.DirFS(companyDir))
 			_, after := read(b, changed)
 			RunTests(rules, sets)
+			Prove(rules, sets)
 			Compare(rules, after)
 		}
 	})

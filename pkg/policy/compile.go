@@ -16,12 +16,8 @@ import (
 // a Workload in any set it fails with [ErrNoWorkload]. The order of sets does
 // not matter.
 func Compile(td spiffeid.TrustDomain, sets []*Set) (*Ruleset, error) {
-	sets = slices.SortedFunc(slices.Values(sets), func(a, b *Set) int { return strings.Compare(a.Name, b.Name) })
-	c := compiler{
-		td: td, sets: sets,
-		from: map[string][]identity.Pattern{}, to: map[string]destinations{}, split: map[string][]group{},
-		narrow: map[string]int{}, abroad: map[string]int{},
-	}
+	c := newCompiler(td, sets)
+	sets = c.sets
 	for i := range sets[min(1, len(sets)):] {
 		if sets[i].Name == sets[i+1].Name {
 			return nil, fmt.Errorf("compiling sets: the set %q is given twice", sets[i].Name)
@@ -32,6 +28,8 @@ func Compile(td spiffeid.TrustDomain, sets []*Set) (*Ruleset, error) {
 	c.addWorkloads()
 	c.addExternals()
 	c.checkEvidence()
+	c.readScopes()
+	c.checkScopes()
 	if len(c.workloads) == 0 && !c.errs.failed() {
 		return nil, Errors{{Msg: ErrNoWorkload.Error(), Hint: "define at least one kind: Workload", err: ErrNoWorkload}}
 	}
@@ -41,6 +39,9 @@ func Compile(td spiffeid.TrustDomain, sets []*Set) (*Ruleset, error) {
 		}
 		for _, d := range s.Defaults {
 			c.defaults(s, d)
+		}
+		for _, v := range s.Invariants {
+			c.invariant(s, v)
 		}
 		for _, t := range s.Tests {
 			c.test(s, t)
@@ -55,13 +56,16 @@ func Compile(td spiffeid.TrustDomain, sets []*Set) (*Ruleset, error) {
 	return rs, nil
 }
 
+func newCompiler(td spiffeid.TrustDomain, sets []*Set) *compiler {
+	return &compiler{
+		td: td, sets: slices.SortedFunc(slices.Values(sets), func(a, b *Set) int { return strings.Compare(a.Name, b.Name) }),
+		from: map[string][]identity.Pattern{}, to: map[string]destinations{}, split: map[string][]group{},
+		narrow: map[string]int{}, abroad: map[string]int{}, scopes: map[string]*scope{},
+	}
+}
+
 // checkDuplicates reports resources of one kind with the same name.
 func checkDuplicates(sets []*Set, errs *collector) {
-	type place struct {
-		set  *Set
-		file string
-		line int
-	}
 	first := map[[2]string]place{} // :: kind, name → where
 	check := func(s *Set, kind, name, file string, p pos) {
 		key := [2]string{kind, name}
@@ -98,6 +102,12 @@ func checkDuplicates(sets []*Set, errs *collector) {
 		for _, d := range s.Defaults {
 			check(s, "Defaults", d.Name, d.File, pos{d.Line, d.Col})
 		}
+		for _, d := range s.Scopes {
+			check(s, "Scope", d.Name, d.File, pos{d.Line, d.Col})
+		}
+		for _, d := range s.Invariants {
+			check(s, "Invariant", d.Name, d.File, pos{d.Line, d.Col})
+		}
 		for _, t := range s.Tests {
 			check(s, "PolicyTest", t.Name, t.File, pos{t.Line, t.Col})
 		}
@@ -132,6 +142,7 @@ type compiler struct {
 	byLabel   map[[2]string][]int           // :: key, value → indexes of exact workloads, ascending
 	exactN    int                           // so many of workloads have one ID, then come the templates …
 	realN     int                           // … and from here on templates with some of their IDs
+	scopes    map[string]*scope             // :: set → its Scope
 	narrow    map[string]int                // :: template and pattern → index of workloads
 	domains   []TrustDomain                 // by name
 	externals []External                    // by name
@@ -205,6 +216,9 @@ func (c *compiler) policy(s *Set, p Policy) {
 			return
 		}
 		c.to[to.text] = to
+	}
+	if !c.scopedTo(s, p, to) {
+		return
 	}
 	for _, e := range p.Allow {
 		c.entry(s, p, to, Allow, e)

@@ -102,11 +102,15 @@ func (f *fileReader) document(n *yaml.Node) {
 		f.external(name, p, sn)
 	case "Defaults":
 		f.defaults(name, p, sn)
+	case "Scope":
+		f.scope(name, p, sn)
+	case "Invariant":
+		f.invariant(name, p, sn)
 	}
 }
 
 // kinds are those of this version.
-var kinds = []string{"Workload", "Policy", "PolicyTest", "Defaults", "External", "TrustDomain", "TokenIssuer"}
+var kinds = []string{"Workload", "Policy", "PolicyTest", "Defaults", "External", "TrustDomain", "TokenIssuer", "Scope", "Invariant"}
 
 // resourceName reads metadata.name; "" when it is wrong, which was reported.
 func (f *fileReader) resourceName(meta object) (string, pos) {
@@ -130,8 +134,6 @@ func (f *fileReader) knownKind(kind string, n *yaml.Node) bool {
 	switch {
 	case slices.Contains(kinds, kind):
 		return true
-	case kind == "Invariant", kind == "Scope":
-		f.fail(at(n), "", "kind %s is not supported by this version", kind)
 	case kind == "Mesh":
 		f.fail(at(n), "keep it in mesh.yaml, outside the policy folder", "kind Mesh is read by `sallyport up`; it is not a policy resource")
 	default:

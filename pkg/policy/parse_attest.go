@@ -14,19 +14,19 @@ const (
 	maxSelector = 1024 // bytes of one selector's value
 )
 
-// attest reads the evidence that proves a workload.
-func (f *fileReader) attest(n *yaml.Node) []Attest {
-	items, ok := f.list(n, "spec.attest")
+// attest reads a list of evidence, as proves a workload.
+func (f *fileReader) attest(n *yaml.Node, list string) []Attest {
+	items, ok := f.list(n, list)
 	if !ok {
 		return nil
 	}
 	if len(items) > maxAttest {
-		f.fail(at(n), "", "spec.attest has more than %d entries", maxAttest)
+		f.fail(at(n), "", "%s has more than %d entries", list, maxAttest)
 		return nil
 	}
 	var out []Attest
 	for i, item := range items {
-		what := fmt.Sprintf("spec.attest[%d]", i)
+		what := fmt.Sprintf("%s[%d]", list, i)
 		kind, kn, ok := f.attestKind(item, what)
 		if !ok {
 			continue
@@ -40,7 +40,7 @@ func (f *fileReader) attest(n *yaml.Node) []Attest {
 			f.fail(at(kn), hint, "attest kind %q is not supported by this version", shorten(kind))
 			continue
 		}
-		a, ok := f.attestEntry(item, what, kind, form)
+		a, ok := f.attestEntry(item, what, kind, form, list == grantedEvidence)
 		if !ok {
 			continue
 		}
@@ -69,7 +69,9 @@ func (f *fileReader) attestKind(n *yaml.Node, what string) (string, *yaml.Node, 
 	return "", nil, false
 }
 
-func (f *fileReader) attestEntry(n *yaml.Node, what, kind string, form form) (Attest, bool) {
+// attestEntry reads an entry of a Workload, or, with grant, of a Scope, where an
+// issuer or an agent may be all that is asked for.
+func (f *fileReader) attestEntry(n *yaml.Node, what, kind string, form form, grant bool) (Attest, bool) {
 	before := f.errs.count()
 	entry, _ := evidenceEntry.of(kind)
 	o, ok := f.object(n, what, entry.known)
@@ -93,10 +95,11 @@ func (f *fileReader) attestEntry(n *yaml.Node, what, kind string, form form) (At
 	if form.via {
 		a.Via = f.via(o)
 	}
-	if form.claims {
+	if _, has := o.fields["claims"]; form.claims && (has || !grant) {
 		f.claims(&a, o)
 	}
-	if f.errs.count() == before && len(a.Select) == 0 && kind != JoinToken && len(form.required) == 0 {
+	bounded := len(a.Select) > 0 || kind == JoinToken || len(form.required) > 0 || grant && (a.Issuer != "" || len(a.Via) > 0)
+	if f.errs.count() == before && !bounded {
 		f.fail(at(n), "fields: "+strings.Join(append(slices.Clone(form.selectors), "claims")[:max(len(form.selectors), 1)], ", "), "%s would accept any evidence of kind %s; name at least one selector", what, kind)
 	}
 	return a, f.errs.count() == before
@@ -168,6 +171,9 @@ func (f *fileReader) claims(a *Attest, o object) {
 	if n.Kind != yaml.MappingNode {
 		f.wrongType(n, o.path("claims"), "a mapping")
 		return
+	}
+	if len(n.Content) == 0 {
+		f.fail(at(n), "name the claims that tell workloads apart, as sub", "%s is empty: it would accept any token", o.path("claims"))
 	}
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		name, ok := f.text(n.Content[i], "a key of "+o.path("claims"))

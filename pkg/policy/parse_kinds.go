@@ -13,7 +13,7 @@ func (f *fileReader) rootOnly(kind string, p pos) bool {
 	if f.set.Name == "" {
 		return true
 	}
-	f.fail(p, "move it to the folder itself", "kind %s belongs into the root set; this is set %s", kind, f.set.Name)
+	f.fail(p, "whoever keeps the root set can write it into the folder itself", "kind %s belongs into the root set; this is set %s, and Scope %s cannot grant it", kind, f.set.Name, f.set.Name)
 	return false
 }
 

@@ -32,7 +32,7 @@ func (f *fileReader) workload(meta object, name string, p pos, n *yaml.Node) {
 		w.ID, w.id = f.workloadID(in), at(in)
 	}
 	if an, ok := spec.fields["attest"]; ok {
-		w.Attest = f.attest(an)
+		w.Attest = f.attest(an, "spec.attest")
 	}
 	f.checkTemplate(w, templated)
 	if mn, ok := spec.fields["maxStale"]; ok {

@@ -33,6 +33,8 @@ type Set struct {
 	TrustDomains []TrustDomain
 	TokenIssuers []TokenIssuer
 	Defaults     []Defaults
+	Scopes       []Scope
+	Invariants   []Invariant
 
 	sources map[string][]byte // :: reported file path → content, for snippets
 }
@@ -100,6 +102,38 @@ type Defaults struct {
 	File  string // path below the policy folder, with slashes
 	Line  int    // of metadata.name, from 1
 	Col   int    // in characters, from 1
+}
+
+// Scope says what the set of its name may say. A set other than the root set that
+// has none may define nothing.
+type Scope struct {
+	Name   string   // of the set, a DNS label
+	Owners []string // who may change the set, as in "oidc-group:billing"
+	// IDs are patterns of what the set may define and guard: its workloads,
+	// templates and Externals, and the to of its policies.
+	IDs      []ScopeID
+	Labels   map[string][]string // :: key that each of its workloads has → values, any one of them
+	Evidence []Attest            // each entry of the set's has all that one of these says
+	File     string              // path below the policy folder, with slashes
+	Line     int                 // of metadata.name, from 1
+	Col      int                 // in characters, from 1
+}
+
+// ScopeID is a pattern of IDs, written as in Selector.ID.
+type ScopeID struct {
+	ID string
+
+	pos
+}
+
+// Invariant says that no identity which From selects may ever reach one that To
+// selects: see [Prove].
+type Invariant struct {
+	Name     string // metadata.name, a DNS label
+	From, To Selector
+	File     string // path below the policy folder, with slashes
+	Line     int    // of metadata.name, from 1
+	Col      int    // in characters, from 1
 }
 
 // External is a destination outside every mesh. Its ID, /external/NAME, is never

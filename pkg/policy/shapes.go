@@ -143,13 +143,9 @@ func policySpecShape() *shape {
 }
 
 // evidenceShape is an entry of attest, in any of its kinds. A partial one is a
-// limit to what such entries may say, so nothing of it is required.
+// limit to what such entries may say: an issuer or an agent is enough for it.
 func evidenceShape(name string, partial bool) *shape {
 	s := &shape{name: name, doc: "one kind of evidence and the selectors that it must have", types: []string{"object"}}
-	least := 1
-	if partial {
-		least = 0
-	}
 	for _, kind := range kindsOfEvidence() {
 		form, _ := formOf(kind)
 		fields := []member{must("kind", oneOf("kind of evidence", kind))}
@@ -157,17 +153,23 @@ func evidenceShape(name string, partial bool) *shape {
 			fields = append(fields, may(form.issuer, labelShape.with("an entry under attest of the control plane's configuration; left out, the only one there")))
 		}
 		if form.via {
-			fields = append(fields, member{"via", !partial, "", listOf("the agents that are believed", idPath.with("an agent's ID, without wildcard")).between(1, 0)})
+			fields = append(fields, member{"via", true, "", listOf("the agents that are believed", idPath.with("an agent's ID, without wildcard")).between(1, 0)})
 		}
 		for _, key := range form.selectors {
 			fields = append(fields, may(key, evidenceValue(key)))
 		}
 		if form.claims {
-			fields = append(fields, member{"claims", !partial, "", free("claims of the token; a dot leads into an object", someText.with("name of a claim"), evidenceValue("claims")).between(least, 0)})
+			fields = append(fields, member{"claims", !partial, "", free("claims of the token; a dot leads into an object", someText.with("name of a claim"), evidenceValue("claims")).between(1, 0)})
 		}
 		entry := mapping("", evidenceDocs[kind], fields...)
-		if !partial && len(form.required) == 0 {
-			entry.some = form.selectors // or it would accept any evidence
+		switch { // or it would accept any evidence
+		case len(form.required) > 0 || partial && form.via:
+		case partial && form.claims:
+			entry.some = []string{form.issuer, "claims"}
+		case partial && form.issuer != "":
+			entry.some = append([]string{form.issuer}, form.selectors...)
+		default:
+			entry.some = form.selectors
 		}
 		s.variants = append(s.variants, variant{kind, entry})
 	}

@@ -71,15 +71,14 @@ func trustDomainShape() *shape {
 // Kinds that limit what the other documents can say.
 var (
 	scopeSpec = mapping("scopeSpec", "what the set of this name may say",
-		may("owners", listOf("who may apply the set", someText.with("as in oidc-group:billing"))),
-		may("ids", listOf("IDs that it may define and guard", textual("a pattern over SPIFFE IDs", idPatternText, "/billing/**"))),
-		may("labels", free("labels that its workloads may have", labelKey, listOf("any one of them", labelValue))),
-		may("evidence", listOf("evidence that its workloads may ask for; what an entry leaves out is free", evidenceShape("partialEvidence", true))))
-	invariantSpec = mapping("invariantSpec", "what no rule may ever allow",
-		must("never", mapping("", "a connection that is never allowed",
-			must("from", fromSelector),
-			must("to", toSelector),
-			may("ports", listOf("names and numbers of ports; every port when left out", portOrAll).between(1, MaxPorts)))))
+		may("owners", listOf("who may change the set", textual("an owner", `^oidc-(group|subject):.`, "oidc-group:billing")).between(0, maxOwners)),
+		must("ids", listOf("what it may define and guard", textual("a pattern over SPIFFE IDs", idPatternText, "/billing/**")).between(1, maxScopeIDs)),
+		may("labels", free("labels that each of its workloads has, with the values that they may have", labelKey, listOf("any one of them", labelValue).between(1, maxScopeValues)).between(0, maxLabels)),
+		may("evidence", listOf("evidence that may prove its workloads; what an entry leaves out is free", evidenceShape("partialEvidence", true)).between(0, maxAttest)))
+	neverShape = mapping("", "who never reaches whom",
+		must("from", fromSelector),
+		must("to", toSelector))
+	invariantSpec = mapping("invariantSpec", "what must never be, for everybody who could exist", must("never", neverShape))
 )
 
 // resource is the form of the documents of one kind.
@@ -94,7 +93,7 @@ var resources = []resource{
 	{"Workload", "A named service: its identity, how it proves it, what it serves.", workloadMeta, opened(workloadSpec)},
 	{"Policy", "Who may, and who must not, reach the workloads that to selects.", nameOnly, opened(policySpec)},
 	{"PolicyTest", "Questions with the expected answers, asked before a change lands.", nameOnly, opened(policyTestSpec)},
-	{"Invariant", "What no rule may ever allow, proved over every identity that could exist.", nameOnly, invariantSpec},
+	{"Invariant", "What must never be, proved over every identity that could exist. Root set only.", nameOnly, invariantSpec},
 	{"Scope", "What the set of this name may say. Root set only.", nameOnly, opened(scopeSpec)},
 	{"Defaults", "A door left open while a team moves in. Root set only.", nameOnly, defaultsSpec},
 	{"External", "A destination that is no workload.", nameOnly, externalSpec},

@@ -30,6 +30,7 @@ var td = spiffeid.RequireTrustDomainFromString("shop.example")
 //	explain    the same lines, then the full explanation
 //	reach      lines SRC: DST ...
 //	tests      the output of the policy tests
+//	proof      whether the invariants hold
 //	diff       the difference from the files below before/
 //
 // A line "chop FILE" in the introduction takes away the last newline of FILE.
@@ -159,6 +160,8 @@ func (s *story) tell(t *testing.T, section, asked string) (string, bool) {
 		return b.String(), true
 	case "tests":
 		return RunTests(s.rs, s.sets).String(), true
+	case "proof":
+		return Prove(s.rs, s.sets).String(), true
 	case "diff":
 		d := Compare(s.old, s.rs)
 		return d.String() + fmt.Sprintf("only removes: %t\n", d.OnlyRemoves()), true
