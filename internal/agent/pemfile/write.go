@@ -21,10 +21,10 @@ import (
 
 // Names in the folder.
 const (
-	fileChain    = "svid.pem"
-	fileKey      = "svid_key.pem"
+	FileChain    = "svid.pem"
+	FileKey      = "svid_key.pem"
 	fileCombined = "combined.pem"
-	fileBundle   = "bundle.pem"
+	FileBundle   = "bundle.pem"
 
 	link      = "..data"     // → the present version's folder
 	linkNext  = "..data.new" // becomes link
@@ -78,10 +78,17 @@ func (w *Writer) render(svid *x509svid.SVID, bundles identity.Bundles) (map[stri
 		return nil, fmt.Errorf("no bundle of trust domain %s", svid.ID.TrustDomain())
 	}
 	files := map[string]content{
-		fileChain:    {chain, publicMode},
-		fileKey:      {key, w.mode},
+		FileChain:    {chain, publicMode},
+		FileKey:      {key, w.mode},
 		fileCombined: {slices.Concat(key, chain), w.mode},
-		fileBundle:   {encode(own.X509Authorities()), publicMode},
+		FileBundle:   {encode(own.X509Authorities()), publicMode},
+	}
+	for name, data := range w.extra {
+		b, err := data(svid)
+		if err != nil {
+			return nil, fmt.Errorf("making %s: %w", name, err)
+		}
+		files[name] = content{b, publicMode}
 	}
 	for td, b := range bundles {
 		if w.cfg.Federated && td != svid.ID.TrustDomain() && len(b.X509Authorities()) > 0 {
