@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -16,6 +17,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/health"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	rpcstatus "google.golang.org/grpc/status"
 
@@ -164,4 +166,105 @@ func TestGRPCManual(t *testing.T) {
 	orders := newCaller(t, "orders", bootstrap("orders"), "xds:///payments.mesh:"+port)
 	orders.until(check, "OK")
 	orders.want(list, "PermissionDenied")
+}
+
+// plainServer is a gRPC server behind a sidecar, of which it knows nothing.
+func plainServer(t *testing.T) (addr string) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	srv := grpc.NewServer()
+	healthv1.RegisterHealthServer(srv, health.NewServer())
+	go func() { _ = srv.Serve(ln) }()
+	t.Cleanup(srv.Stop)
+	return ln.Addr().String()
+}
+
+// TestGRPCToSidecar: a stock xDS client calls a workload that has a sidecar, at its
+// direct port. An edit cuts the open channel and opens it again; rules about methods,
+// which the sidecar does not read, refuse and never let through more; whoever is
+// revoked is cut.
+func TestGRPCToSidecar(t *testing.T) {
+	_, port := grpcPort(t)
+	_, direct := grpcPort(t)
+	rules := func(grpc string) string { return grpcPolicy("payments", "orders", grpc) }
+	m := realmesh.New(t, map[string]string{
+		"workloads.yaml": workload("payments", fmt.Sprintf("  ports: [{name: rpc, port: %s, protocol: grpc, direct: %s}]\n", port, direct)) +
+			proxylessWorkload("orders", "") + proxylessWorkload("mallory", ""),
+		"rules.yaml": rules(""),
+	})
+	payments := m.Sidecar(realmesh.SidecarConfig{Name: "payments", Serve: map[string]string{"rpc": plainServer(t)}})
+	bootstrap, _ := grpcFiles(t, m, "orders")
+	orders := newCaller(t, "orders", bootstrap, "xds:///payments.mesh:"+port)
+	orders.until(check, "OK")
+	orders.want(list, "OK")
+	recorded := func(outcome, why string) {
+		t.Helper()
+		realmesh.Eventually(t, "a record of one that was "+outcome, func() error {
+			all := m.Flows()
+			for _, f := range all {
+				if f.Src == "spiffe://test.example/orders" && f.Dst == "spiffe://test.example/payments" && f.Side == "inbound" && f.Outcome == outcome && strings.Contains(f.Error, why) {
+					return nil
+				}
+			}
+			return fmt.Errorf("%+v", all)
+		})
+	}
+
+	_, _ = grpcFiles(t, m, "mallory")
+	dir := filepath.Join(m.Dir, "mallory-host", "svid")
+	svid, err := tls.LoadX509KeyPair(filepath.Join(dir, "svid.pem"), filepath.Join(dir, "svid_key.pem"))
+	require.NoError(t, err)
+	if got := directly(t, svid, "127.0.0.1:"+direct); got != codes.PermissionDenied {
+		t.Errorf("whom no rule names is answered %v", got)
+	}
+
+	edit := func(files string) { realmesh.WriteFile(t, filepath.Join(m.Policy, "rules.yaml"), files) }
+	edit(rules(onlyCheck))
+	orders.until(check, "PermissionDenied")
+	orders.want(list, "PermissionDenied")
+	realmesh.Eventually(t, "status to say so", func() error {
+		stdout, stderr, _ := m.CLI("status")
+		if !strings.Contains(stdout+stderr, "cannot enforce payments-orders") {
+			return errors.New(stdout + stderr)
+		}
+		return nil
+	})
+	recorded("cut", "")
+	recorded("refused", "")
+	edit(rules(""))
+	orders.until(check, "OK")
+
+	mustCLI(t, m, "identity", "revoke", "orders")
+	orders.until(check, "Unavailable") // the sidecar takes no handshake of it
+	recorded("cut", "revoked")
+	select {
+	case <-payments.Done():
+		t.Error("the sidecar ended")
+	default:
+	}
+}
+
+// TestGRPCFromSidecar: an app behind a sidecar calls a stock xDS server by plain
+// mutual TLS. The server enforces methods; an edit holds on the open channel; a
+// sidecar whose ID is revoked is refused by a server that sees no list.
+func TestGRPCFromSidecar(t *testing.T) {
+	addr, port := grpcPort(t)
+	m := realmesh.New(t, map[string]string{
+		"workloads.yaml": proxylessWorkload("ledger", fmt.Sprintf("  ports: [{name: rpc, port: %s, protocol: grpc}]\n  endpoints: [%q]\n", port, addr)) + workload("front", ""),
+		"rules.yaml":     grpcPolicy("ledger", "front", onlyCheck),
+	})
+	bootstrap, _ := grpcFiles(t, m, "ledger")
+	startServer(t, "ledger", bootstrap, addr)
+	front := m.Sidecar(realmesh.SidecarConfig{Name: "front", Outbound: map[string]string{"ledger:rpc": ""}})
+	app := newCaller(t, "front", "", "passthrough:///"+front.Out["ledger:rpc"])
+	app.until(check, "OK")
+	app.want(list, "PermissionDenied")
+	realmesh.WriteFile(t, filepath.Join(m.Policy, "rules.yaml"), grpcPolicy("ledger", "front", ""))
+	app.until(list, "OK")
+	realmesh.WriteFile(t, filepath.Join(m.Policy, "rules.yaml"), grpcPolicy("ledger", "front", onlyCheck))
+	app.until(list, "PermissionDenied")
+	app.want(check, "OK")
+	mustCLI(t, m, "identity", "revoke", "front")
+	app.until(check, "PermissionDenied")
 }
