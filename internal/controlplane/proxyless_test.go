@@ -1,6 +1,8 @@
 package controlplane_test
 
 import (
+	"crypto/tls"
+	"crypto/x509"
 	"strings"
 	"testing"
 	"time"
@@ -87,4 +89,30 @@ func instanceOf(t *testing.T, a *agent.Agent) string {
 	svid, err := a.Source().GetX509SVID()
 	require.NoError(t, err)
 	return svid.Certificates[0].Subject.SerialNumber
+}
+
+// C8: gRPC checks the control plane by name. So its certificate has one, which no
+// workload's has.
+func TestC8OnlyTheControlPlaneHasAName(t *testing.T) {
+	m := meshtest.New(t, meshtest.Config{Files: rpcFiles()})
+	svid, err := m.Agent("client").Source().GetX509SVID()
+	require.NoError(t, err)
+	if leaf := svid.Certificates[0]; len(leaf.DNSNames)+len(leaf.IPAddresses) != 0 {
+		t.Errorf("a workload's certificate names %v %v", leaf.DNSNames, leaf.IPAddresses)
+	}
+	pool := x509.NewCertPool()
+	bundle, err := m.Agent("other").Source().GetX509BundleForTrustDomain(svid.ID.TrustDomain())
+	require.NoError(t, err)
+	for _, root := range bundle.X509Authorities() {
+		pool.AddCert(root)
+	}
+	for name, taken := range map[string]bool{"127.0.0.1": true, "127.0.0.2": false, "controlplane.example": false} {
+		conn, err := tls.Dial("tcp", m.GRPC, &tls.Config{RootCAs: pool, ServerName: name})
+		if err == nil {
+			_ = conn.Close()
+		}
+		if (err == nil) != taken {
+			t.Errorf("as %s: %v", name, err)
+		}
+	}
 }

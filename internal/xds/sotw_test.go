@@ -129,6 +129,14 @@ func TestF8ProxylessOwnResourcesOnly(t *testing.T) {
 		// The empty wish means everything in this protocol. Here it means nothing.
 		require.Empty(t, h.world(t, id("/orders")).ask(typeURL), typeURL)
 	}
+	// Nor is who is no workload, whatever patterns match its ID.
+	m := rpcMesh(t)
+	m.rules = []policy.Rule{allow(t, "all", "spiffe://shop.example/**", "spiffe://shop.example/**")}
+	m.services = append(m.services[:1:1], m.services[2])
+	all := serve(t, ServerConfig{}, nil)
+	all.SetSnapshot(m.snapshot())
+	require.Len(t, all.world(t, id("/front")).ask(ListenerType, "payments.mesh:8080"), 1)
+	require.Empty(t, all.world(t, id("/orders")).ask(ListenerType, orderServer, "payments.mesh:8080"))
 	// Who may not call payments is not told that there is a payments.
 	require.Empty(t, h.world(t, id("/front")).ask(ListenerType, "payments.mesh:8080"))
 	require.Empty(t, h.world(t, id("/front")).ask(EndpointType, "payments.mesh:8080"))

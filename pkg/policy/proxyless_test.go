@@ -59,3 +59,28 @@ func TestForProxylessHeaders(t *testing.T) {
 		}
 	}
 }
+
+// An allow keeps what a gRPC server sees, a deny with anything else holds for all.
+func TestForProxylessRequests(t *testing.T) {
+	seen := HTTPMatch{Paths: []string{"/a.B/C"}}
+	claim := HTTPMatch{Claims: []ClaimMatch{{Issuer: "corp", Claim: "groups", Value: "ops"}}}
+	for name, c := range map[string]struct {
+		effect Effect
+		http   []HTTPMatch
+		want   int // matches that are left
+		keep   bool
+		same   bool
+	}{
+		"allow, seen":     {Allow, []HTTPMatch{seen}, 1, true, true},
+		"allow, both":     {Allow, []HTTPMatch{seen, claim}, 1, true, false},
+		"allow, not seen": {Allow, []HTTPMatch{claim}, 0, false, false},
+		"deny, seen":      {Deny, []HTTPMatch{seen}, 1, true, true},
+		"deny, both":      {Deny, []HTTPMatch{seen, claim}, 0, true, false},
+		"deny, not seen":  {Deny, []HTTPMatch{claim}, 0, true, false},
+	} {
+		out, keep, same := Rule{Effect: c.effect, HTTP: c.http}.forProxyless()
+		if keep != c.keep || same != c.same || keep && len(out.HTTP) != c.want {
+			t.Errorf("%s: %d matches, keep %v, same %v", name, len(out.HTTP), keep, same)
+		}
+	}
+}
