@@ -10,8 +10,6 @@ import (
 	"strconv"
 	"strings"
 
-	"golang.org/x/net/http2"
-
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
 
@@ -44,14 +42,10 @@ const (
 	grpcPermissionDenied = 7
 )
 
-// refuseGRPC answers each call that comes within lingerLimit. A client that were
-// only hung up on would wait longer and longer before it came again, also once it
-// is allowed.
+// refuseGRPC answers each call that comes within lingerLimit, and returns when the
+// connection has ended. A client that were only hung up on would wait longer and
+// longer before it came again, also once it is allowed.
 func refuseGRPC(ctx context.Context, conn net.Conn, id string, v verdict) {
-	ctx, cancel := context.WithTimeout(ctx, lingerLimit)
-	defer cancel()
-	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
-	defer stop()
 	code, message := grpcPermissionDenied, "refused by policy"
 	if v.status >= http.StatusInternalServerError {
 		code, message = grpcUnavailable, "destination unreachable"
@@ -60,10 +54,18 @@ func refuseGRPC(ctx context.Context, conn net.Conn, id string, v verdict) {
 	if reason := v.toldReason(); reason != "" {
 		message += ": " + reason
 	}
-	srv := &http2.Server{MaxConcurrentStreams: 16, MaxDecoderHeaderTableSize: 4 << 10, IdleTimeout: lingerLimit}
-	srv.ServeConn(conn, &http2.ServeConnOpts{
-		Context:    ctx,
-		BaseConfig: &http.Server{MaxHeaderBytes: maxHead / 2, ReadHeaderTimeout: lingerLimit, ErrorLog: log.New(io.Discard, "", 0)},
+	ctx, cancel := context.WithTimeout(ctx, lingerLimit)
+	defer cancel()
+	ended := make(chan struct{})
+	srv := &http.Server{
+		HTTP2:          &http.HTTP2Config{MaxConcurrentStreams: 16, MaxDecoderHeaderTableSize: 4 << 10},
+		MaxHeaderBytes: maxHead / 2, ReadHeaderTimeout: lingerLimit, ErrorLog: log.New(io.Discard, "", 0),
+		ConnState: func(_ net.Conn, s http.ConnState) {
+			if s == http.StateClosed {
+				cancel()
+				close(ended)
+			}
+		},
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Type", "application/grpc")
 			w.Header().Set("Grpc-Status", strconv.Itoa(code))
@@ -71,8 +73,40 @@ func refuseGRPC(ctx context.Context, conn net.Conn, id string, v verdict) {
 			w.Header()["Date"] = nil
 			w.WriteHeader(http.StatusOK)
 		}),
-	})
+	}
+	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
+	defer stop()
+	l := &oneConn{conn: conn, done: ctx.Done()}
+	_ = srv.Serve(l)   // it ends with the connection, or with ctx …
+	_ = srv.Close()    // … and then nothing of it goes on
+	if l.conn != nil { // ctx was over before it was taken
+		_ = conn.Close()
+		return
+	}
+	<-ended
 }
+
+// oneConn is a listener with one connection in it.
+type oneConn struct {
+	conn net.Conn // owned by Accept's only caller; nil once taken
+	done <-chan struct{}
+}
+
+// Accept implements net.Listener.
+func (l *oneConn) Accept() (net.Conn, error) {
+	if c := l.conn; c != nil {
+		l.conn = nil
+		return c, nil
+	}
+	<-l.done
+	return nil, net.ErrClosed
+}
+
+// Close implements net.Listener.
+func (l *oneConn) Close() error { return nil }
+
+// Addr implements net.Listener.
+func (l *oneConn) Addr() net.Addr { return &net.TCPAddr{} }
 
 // grpcMessage encodes a status message as gRPC over HTTP/2 has it.
 func grpcMessage(s string) string {
