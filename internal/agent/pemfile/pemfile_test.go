@@ -520,3 +520,27 @@ func TestNotify(t *testing.T) {
 		}
 	}
 }
+
+// An added file gets its name after those that it may speak of.
+func TestAddedFilesComeLast(t *testing.T) {
+	w := open(t, Config{Dir: memory(t)})
+	w.Add("aaa.json", func(svid *x509svid.SVID) ([]byte, error) { return []byte(svid.ID.String()), nil })
+	w.before = func(step string) error {
+		if step != "rename to aaa.json" {
+			return nil
+		}
+		for _, name := range []string{FileChain, FileKey, fileCombined, FileBundle} {
+			if _, err := os.Stat(filepath.Join(w.Dir(), name)); err != nil {
+				t.Error(err)
+			}
+		}
+		return nil
+	}
+	a := newAuthority()
+	require.NoError(t, w.Write(a.issue(), a.bundles()))
+	got, err := os.ReadFile(filepath.Join(w.Dir(), "aaa.json"))
+	require.NoError(t, err)
+	if string(got) != "spiffe://shop.example/app" {
+		t.Errorf("got %q", got)
+	}
+}

@@ -203,10 +203,26 @@ func (w *Writer) point(name, next, target string) error {
 	return w.root.Rename(next, name)
 }
 
+// inOrder gives the names with those of [Writer.Add] last: they may speak of the
+// others, which are there once these are.
+func (w *Writer) inOrder(files map[string]content) []string {
+	return slices.SortedFunc(maps.Keys(files), func(a, b string) int {
+		_, addedA := w.extra[a]
+		_, addedB := w.extra[b]
+		switch {
+		case addedA == addedB:
+			return strings.Compare(a, b)
+		case addedA:
+			return 1
+		}
+		return -1
+	})
+}
+
 // names makes the names that programs open, and removes those of bundles that are
 // gone.
 func (w *Writer) names(files map[string]content) error {
-	for _, n := range slices.Sorted(maps.Keys(files)) {
+	for _, n := range w.inOrder(files) {
 		target := path.Join(link, n)
 		if got, err := w.root.Readlink(n); err == nil && got == target {
 			continue
