@@ -90,7 +90,7 @@ func (f *Files) follow(ctx context.Context, failures *int) error {
 				return fmt.Errorf("onChange: %w", err)
 			}
 			f.note(nil)
-			*failures = 0
+			*failures = 1 // the next one is the first
 		}
 		select {
 		case <-news:

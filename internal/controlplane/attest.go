@@ -4,6 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/sallyport-mesh/sallyport/internal/issuer"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/attest"
@@ -109,7 +112,25 @@ func (v verifiers) count() map[string]int {
 
 func (c *ControlPlane) issuerService() *issuer.Service {
 	return issuer.New(issuer.Config{
-		CA: c.ca, Registry: c.registry, Now: c.opts.Now, Log: c.log,
+		CA: c.ca, Registry: c.registry, Now: c.opts.Now, Log: c.log, ShortLived: c.shortLived,
 		X509Pop: c.verifiers.x509pop, Kubernetes: c.verifiers.kubernetes, OIDC: c.verifiers.oidc,
+	})
+}
+
+// shortLived reports whether gRPC without sidecar, which receives no revocations,
+// verifies the SVIDs of an ID: of those whose direct ports it calls, and of those
+// who may call it.
+func (c *ControlPlane) shortLived(id spiffeid.ID) bool {
+	state := c.reconciler.current()
+	if state == nil {
+		return true
+	}
+	w, _ := state.Rules.Workload(id)
+	if slices.ContainsFunc(w.Ports, func(p policy.Port) bool { return p.Direct != 0 }) {
+		return true
+	}
+	return slices.ContainsFunc(state.Rules.Reach(id), func(dst spiffeid.ID) bool {
+		d, _ := state.Rules.Workload(dst)
+		return len(d.Endpoints) > 0
 	})
 }

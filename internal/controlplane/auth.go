@@ -34,7 +34,8 @@ func anonymousMethod(full string) bool {
 // orphanMethod reports whether an RPC is open to an SVID whose workload is no
 // more. ADS is: there it learns that everything is denied now.
 func orphanMethod(full string) bool {
-	return full == discoveryv3.AggregatedDiscoveryService_DeltaAggregatedResources_FullMethodName
+	return full == discoveryv3.AggregatedDiscoveryService_DeltaAggregatedResources_FullMethodName ||
+		full == discoveryv3.AggregatedDiscoveryService_StreamAggregatedResources_FullMethodName
 }
 
 // authenticator decides who may call what on the network port.

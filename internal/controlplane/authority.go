@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"fmt"
+	"net"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -60,6 +61,18 @@ func (c *ControlPlane) openAuthority(ctx context.Context) error {
 	return nil
 }
 
+// names are those for the control plane's own certificate.
+func (l Listen) names() []string {
+	if l.Names != nil {
+		return l.Names
+	}
+	host, _, err := net.SplitHostPort(l.GRPC)
+	if ip := net.ParseIP(host); err != nil || host == "" || ip != nil && ip.IsUnspecified() {
+		return nil
+	}
+	return []string{host}
+}
+
 func (c *ControlPlane) openCA(ctx context.Context) (err error) {
 	var td spiffeid.TrustDomain // zero: the one that the data has
 	if c.cfg.TrustDomain != "" {
@@ -70,9 +83,9 @@ func (c *ControlPlane) openCA(ctx context.Context) (err error) {
 	c.ca, err = ca.Open(ctx, ca.Config{
 		TrustDomain: td, KeyDir: filepath.Join(c.cfg.DataDir, "keys"), Store: c.store,
 		RootTTL: c.cfg.CA.RootTTL, IntermediateTTL: c.cfg.CA.IntermediateTTL, SVIDTTL: c.cfg.CA.SVIDTTL, JWTKeyTTL: c.cfg.CA.JWTKeyTTL,
-		JWTIssuer: c.cfg.JWTIssuer,
-		Signer:    ca.SignerConfig{PKCS11: ca.PKCS11(c.cfg.CA.PKCS11), Upstream: ca.Upstream(c.cfg.CA.Upstream)},
-		Now:       c.opts.Now, Log: c.log,
+		JWTIssuer: c.cfg.JWTIssuer, ServerNames: c.cfg.Listen.names(),
+		Signer: ca.SignerConfig{PKCS11: ca.PKCS11(c.cfg.CA.PKCS11), Upstream: ca.Upstream(c.cfg.CA.Upstream)},
+		Now:    c.opts.Now, Log: c.log,
 	})
 	return err
 }

@@ -53,7 +53,11 @@ type Listen struct {
 	GRPC    string `yaml:"grpc"`    // enrolment, ADS, announce, access log. Default 0.0.0.0:8443
 	Metrics string `yaml:"metrics"` // health and metrics, plain HTTP. Default 127.0.0.1:9901
 	Bundle  string `yaml:"bundle"`  // our bundle for foreign trust domains, https_spiffe, usually 0.0.0.0:8444. Default: closed
-	Web     string `yaml:"web"`     // the same by https_web, and OIDC discovery, usually 0.0.0.0:8445. Default: closed
+	// Names are the DNS names and IP addresses under which gRPC applications without
+	// sidecar reach listen.grpc: they check a server's name, not its SPIFFE ID.
+	// Default: the host of listen.grpc, where it is one.
+	Names []string `yaml:"names"`
+	Web   string   `yaml:"web"` // the same by https_web, and OIDC discovery, usually 0.0.0.0:8445. Default: closed
 }
 
 // Etcd names an external cluster. No Endpoints: etcd runs inside this process.

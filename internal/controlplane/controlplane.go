@@ -172,6 +172,7 @@ func (c *ControlPlane) build() {
 		publish: c.reconciler.setRevocations, now: now, log: c.log.Named("revocation"),
 		changed: make(chan struct{}, 1), book: revocation.NewBook(c.authority.ServerSVID(), now),
 	}
+	c.reconciler.revoked = c.revoker.atGRPC
 	if ext, err := c.cfg.ExternalIssuer.config(c.cfg.TrustDomain); err == nil { // else it is our CA
 		c.revoker.book.Expect(ext.ID)
 	}

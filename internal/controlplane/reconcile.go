@@ -33,6 +33,7 @@ type reconciler struct {
 	trustDomain spiffeid.TrustDomain
 	publish     func(*xds.Snapshot)
 	workloads   func([]policy.CompiledWorkload) // told before the snapshot is published
+	revoked     func() map[spiffeid.ID]bool     // whom gRPC servers refuse; nil: nobody
 	log         hclog.Logger
 
 	mu    sync.Mutex
@@ -113,7 +114,7 @@ func (r *reconciler) snapshot(in inputs) *xds.Snapshot {
 	workloads := in.catalog.Rules.Workloads()
 	services := make(map[spiffeid.ID]xds.Service, len(workloads))
 	for _, w := range workloads {
-		services[w.ID] = xds.Service{ID: w.ID, Ports: w.Ports, Endpoints: serving(in.endpoints[w.ID], w.Ports)}
+		services[w.ID] = xds.Service{ID: w.ID, Ports: w.Ports, Endpoints: append(serving(in.endpoints[w.ID], w.Ports), listed(w)...)}
 	}
 	for id, eps := range in.endpoints { // of templates, whose IDs only those who have them tell
 		if w, ok := in.catalog.Rules.Workload(id); ok && w.Template {
@@ -126,6 +127,9 @@ func (r *reconciler) snapshot(in inputs) *xds.Snapshot {
 		Services:    services,
 		Revocations: in.revoked,
 		Bundles:     identity.Bundles{r.trustDomain: in.bundle},
+	}
+	if r.revoked != nil {
+		s.Revoked = r.revoked()
 	}
 	addForeign(s, in.foreign)
 	return s
@@ -141,6 +145,15 @@ func serving(eps []xds.Endpoint, declared []policy.Port) []xds.Endpoint {
 		if len(ep.Ports) > 0 {
 			out = append(out, ep)
 		}
+	}
+	return out
+}
+
+// listed are the instances that w's document lists, which have no sidecar.
+func listed(w policy.CompiledWorkload) []xds.Endpoint {
+	out := make([]xds.Endpoint, len(w.Endpoints))
+	for i, addr := range w.Endpoints {
+		out[i] = xds.Endpoint{Instance: addr.String(), Addr: addr, Ports: []uint16{addr.Port()}, Direct: true}
 	}
 	return out
 }

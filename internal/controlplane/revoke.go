@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
+	"github.com/sallyport-mesh/sallyport/internal/issuer"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/ca"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/registry"
 	"github.com/sallyport-mesh/sallyport/internal/revocation"
@@ -315,4 +316,22 @@ func (r *revoker) refuse(p identity.Peer, orphan bool) error {
 		return nil
 	}
 	return err
+}
+
+// atGRPC are the IDs that gRPC servers without sidecar refuse, which know no
+// revocation list: those that are blocked or have no Workload, and, once an
+// operator has readmitted one, for as long as an SVID of before can live there.
+func (r *revoker) atGRPC() map[spiffeid.ID]bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	out := map[spiffeid.ID]bool{}
+	for _, v := range r.all.All {
+		if v.Kind != registry.RevokedID || !v.Blocked && !v.Removed && r.now().After(v.Bound().Add(issuer.AppTTL)) {
+			continue
+		}
+		if id, err := spiffeid.FromString(v.Subject); err == nil {
+			out[id] = true
+		}
+	}
+	return out
 }

@@ -217,6 +217,8 @@ func openAll(t *testing.T, conn *grpc.ClientConn) map[string]chan error {
 	t.Helper()
 	ads, err := discoveryv3.NewAggregatedDiscoveryServiceClient(conn).DeltaAggregatedResources(t.Context())
 	require.NoError(t, err)
+	world, err := discoveryv3.NewAggregatedDiscoveryServiceClient(conn).StreamAggregatedResources(t.Context())
+	require.NoError(t, err)
 	logs, err := accesslogv3.NewAccessLogServiceClient(conn).StreamAccessLogs(t.Context())
 	require.NoError(t, err)
 	announced, err := sallyportv1.NewAnnouncerClient(conn).Announce(t.Context())
@@ -227,6 +229,7 @@ func openAll(t *testing.T, conn *grpc.ClientConn) map[string]chan error {
 	out := map[string]chan error{}
 	for name, recv := range map[string]func() error{
 		"ADS":        func() error { _, err := ads.Recv(); return err },
+		"SotW ADS":   func() error { _, err := world.Recv(); return err },
 		"access log": func() error { return logs.RecvMsg(&accesslogv3.StreamAccessLogsResponse{}) },
 		"announce":   func() error { _, err := announced.Recv(); return err },
 	} {

@@ -49,6 +49,7 @@ func TestD8_RolesBehindTLS(t *testing.T) {
 	const (
 		enroll = sallyportv1.Enrollment_Enroll_FullMethodName
 		ads    = discoveryv3.AggregatedDiscoveryService_DeltaAggregatedResources_FullMethodName
+		sotw   = discoveryv3.AggregatedDiscoveryService_StreamAggregatedResources_FullMethodName
 	)
 	a := &authenticator{
 		trustDomain: spiffeid.RequireTrustDomainFromString("test.example"), now: time.Now,
@@ -76,7 +77,7 @@ func TestD8_RolesBehindTLS(t *testing.T) {
 		{"member", behindTLS(t, "spiffe://test.example/server"), codes.OK, nil},
 		{"nobody", &peer.Peer{AuthInfo: credentials.TLSInfo{}}, codes.Unauthenticated, []string{enroll}},
 		{"without TLS", &peer.Peer{}, codes.Unauthenticated, nil},
-		{"without a workload", behindTLS(t, "spiffe://test.example/gone"), codes.PermissionDenied, []string{enroll, ads}},
+		{"without a workload", behindTLS(t, "spiffe://test.example/gone"), codes.PermissionDenied, []string{enroll, ads, sotw}},
 		{"revoked", behindTLS(t, "spiffe://test.example/revoked"), codes.Unauthenticated, []string{enroll}},
 		{"control plane", behindTLS(t, "spiffe://test.example/sallyport/controlplane"), codes.PermissionDenied, nil},
 		{"foreign", behindTLS(t, "spiffe://partner.example/server"), codes.PermissionDenied, nil},

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -63,11 +64,12 @@ func (s *statusReporter) report(ctx context.Context) (*sallyportv1.StatusRespons
 	resp.Problems = append(resp.Problems, troubles...)
 	nodes := map[node]xds.NodeStatus{}
 	for _, n := range s.xds.Nodes() {
-		nodes[node{n.ID, n.Instance}] = n
+		nodes[node{n.ID, n.Instance}] = better(nodes[node{n.ID, n.Instance}], n)
 		if n.Unknown {
 			resp.Problems = append(resp.Problems, fmt.Sprintf("a sidecar of %s is connected, but no Workload has this ID; everything is denied to it: stop it", n))
 		}
 	}
+	resp.Problems = append(resp.Problems, narrowed(s.xds.Nodes())...)
 	byID := map[spiffeid.ID][]registry.Instance{} // :: workload → instances
 	for _, i := range instances {
 		byID[i.ID] = append(byID[i.ID], i)
@@ -78,6 +80,9 @@ func (s *statusReporter) report(ctx context.Context) (*sallyportv1.StatusRespons
 		ws.MeshName, _ = identity.MeshName(w.ID)
 		for _, i := range byID[w.ID] {
 			is := instanceStatus(i, nodes, endpoints[w.ID])
+			if n := nodes[node{i.ID, i.Name}]; n.Proxyless && len(w.Endpoints) > 0 {
+				is.Endpoint = listedOf(w)
+			}
 			is.Revoked = revoked.Blocks(i)
 			ws.Instances = append(ws.Instances, is)
 		}
@@ -86,7 +91,7 @@ func (s *statusReporter) report(ctx context.Context) (*sallyportv1.StatusRespons
 			resp.Problems = append(resp.Problems, text)
 			continue
 		}
-		resp.Problems = append(resp.Problems, problems(w, ws, endpoints[w.ID], state.Rev.String())...)
+		resp.Problems = append(resp.Problems, problems(w, ws, append(slices.Clone(endpoints[w.ID]), listed(w)...), state.Rev.String())...)
 	}
 	return resp, nil
 }
@@ -99,6 +104,40 @@ func refused(w policy.CompiledWorkload, revoked registry.Revocations) string {
 		}
 	}
 	return ""
+}
+
+// better chooses of two streams of one instance the one that tells more of it: its
+// sidecar's, or of gRPC's one that refuses something.
+func better(a, b xds.NodeStatus) xds.NodeStatus {
+	if a.ID.IsZero() || a.Proxyless && (!b.Proxyless || b.Nack != "") {
+		return b
+	}
+	return a
+}
+
+// narrowed tells of nodes that cannot enforce some rules as they are written.
+func narrowed(nodes []xds.NodeStatus) []string {
+	var out []string
+	for _, n := range nodes {
+		what := "a sidecar of an older version"
+		if n.Proxyless {
+			what = "a gRPC server without sidecar"
+		}
+		if n.Narrowed != "" {
+			out = append(out, fmt.Sprintf("%s, %s, cannot enforce %s as written: of these it allows less and denies more, see docs/policy.md", n, what, n.Narrowed))
+		}
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
+// listedOf words the addresses of w's document.
+func listedOf(w policy.CompiledWorkload) string {
+	text := w.Endpoints[0].String()
+	if more := len(w.Endpoints) - 1; more > 0 {
+		text += fmt.Sprintf(" and %d more", more)
+	}
+	return text
 }
 
 // node is one sidecar: its certificate says both.
@@ -140,7 +179,7 @@ func problems(w policy.CompiledWorkload, ws *sallyportv1.WorkloadStatus, eps []x
 		case i.GetNack() != "":
 			out = append(out, fmt.Sprintf("%s (%s) refuses revision %s and keeps the last good one: %s", w.Name, i.GetInstance(), rev, i.GetNack()))
 		case i.GetConnected() && len(w.Ports) > 0 && i.GetEndpoint() == "":
-			out = append(out, fmt.Sprintf("%s (%s) is connected but has announced no endpoint: look at its sidecar's /healthz", w.Name, i.GetInstance()))
+			out = append(out, fmt.Sprintf("%s (%s) is connected but has announced no endpoint: look at its sidecar's /healthz, or list the address of a gRPC server without sidecar under spec.endpoints", w.Name, i.GetInstance()))
 		}
 	}
 	for _, p := range w.Ports {

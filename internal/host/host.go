@@ -26,6 +26,7 @@ import (
 	"github.com/sallyport-mesh/sallyport/internal/agent/pemfile"
 	"github.com/sallyport-mesh/sallyport/internal/issuer/attest"
 	"github.com/sallyport-mesh/sallyport/internal/revocation"
+	"github.com/sallyport-mesh/sallyport/internal/xds"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
@@ -127,6 +128,11 @@ func (h *Host) openFiles(cfg pemfile.Config) error {
 	w, err := pemfile.New(cfg, h.log.Named("files"))
 	if err != nil {
 		return err
+	}
+	if cfg.GRPC {
+		if err := xds.AddBootstrap(w, h.cfg.ControlPlane); err != nil {
+			return errors.Join(err, w.Close())
+		}
 	}
 	evidence := userEvidence(uint32(uid), uint32(max(gid, 0)))
 	h.files = append(h.files, agent.NewFiles(h.wallet, w, evidence, uint32(uid)))

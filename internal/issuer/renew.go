@@ -101,6 +101,9 @@ type issuance struct {
 
 // issue makes an SVID and records it: none leaves unrecorded.
 func (s *Service) issue(ctx context.Context, is issuance) (*sallyportv1.SVID, error) {
+	if s.cfg.ShortLived != nil && s.cfg.ShortLived(is.inst.ID) && (is.ttl == 0 || is.ttl > AppTTL) {
+		is.ttl = AppTTL
+	}
 	issued, err := s.cfg.CA.Issue(ctx, ca.Request{ID: is.inst.ID, Key: is.key, Instance: is.inst.Name, TTL: is.ttl})
 	if err != nil {
 		return nil, err

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc/peer"
 
@@ -43,8 +44,12 @@ type Config struct {
 	// kind for which there is nobody is refused.
 	X509Pop          map[string]*attest.X509Pop
 	Kubernetes, OIDC map[string]TokenVerifier
-	Now              func() time.Time // nil: time.Now
-	Log              hclog.Logger     // nil: discard
+	// ShortLived reports whether somebody verifies the SVIDs of an ID who receives no
+	// revocations: they live [AppTTL] at most. Nil: nobody's are.
+	ShortLived func(spiffeid.ID) bool
+
+	Now func() time.Time // nil: time.Now
+	Log hclog.Logger     // nil: discard
 }
 
 // Service implements the Enrollment gRPC service.

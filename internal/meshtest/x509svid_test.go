@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/url"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -25,11 +26,12 @@ import (
 )
 
 // borders is a mesh whose issuers, the own one and a foreign one, sign whatever
-// the test asks for: at its doors stand the tunnel port of a sidecar and the port
-// of the control plane; and a sidecar of it calls a server of the test.
+// the test asks for: at its doors stand the tunnel port and a direct port of a
+// sidecar and the port of the control plane; and a sidecar of it calls a server of the test.
 type borders struct {
 	own, foreign *issuertest.Issuer
 	payments     *Sidecar
+	direct       string // its direct port
 	controlPlane string
 	caller       string                          // local address that leads to the test's server
 	server       atomic.Pointer[tls.Certificate] // what that presents
@@ -81,9 +83,14 @@ func newBorders(t *testing.T) *borders {
 	Go(t, "server", func(ctx context.Context) error { return b.accept(ctx, ln) })
 	bundle, err := b.foreign.Bundle().Marshal()
 	require.NoError(t, err)
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	b.direct = free.Addr().String()
+	_, number, _ := net.SplitHostPort(b.direct)
+	require.NoError(t, free.Close())
 	m := New(t, Config{
 		Files: map[string]string{
-			"w.yaml": workloadB + fmt.Sprintf(workloadA, "orders") + outsidePolicy,
+			"w.yaml": strings.Replace(workloadB, "protocol: http}", "protocol: http, direct: "+number+"}", 1) + fmt.Sprintf(workloadA, "orders") + outsidePolicy,
 			"f.yaml": fmt.Sprintf(foreignServer, bundle, ln.Addr()),
 		},
 		Change: func(c *controlplane.Config) {
@@ -97,9 +104,16 @@ func newBorders(t *testing.T) *borders {
 	b.controlPlane = m.GRPC
 	b.payments = start("payments", "/shop/payments", map[string]string{"http": serveHTTP(t)})
 	b.caller = start("orders", "/orders", nil, "spiffe://foreign.example/shop/payments:http").Out["spiffe://foreign.example/shop/payments:http"]
+	Eventually(t, "the direct port to open", func() error {
+		conn, err := net.Dial("tcp", b.direct)
+		if err == nil {
+			err = conn.Close()
+		}
+		return err
+	})
 	for _, good := range []tls.Certificate{b.own.Leaf(ordersPeer, nil), b.foreign.Leaf(foreignPeer, nil)} {
 		Eventually(t, "a good SVID to be taken", func() error {
-			if !admitted(t, b.payments.Tunnel, good) {
+			if !admitted(t, b.payments.Tunnel, good) || !admitted(t, b.direct, good) {
 				return errors.New("refused")
 			}
 			return nil
@@ -208,6 +222,9 @@ func refuse(t *testing.T, rows map[string]spoiled) {
 			client := s.make(b.own, ordersPeer)
 			if got := admitted(t, b.payments.Tunnel, client); got != want {
 				t.Errorf("tunnel port: taken %v, want %v", got, want)
+			}
+			if got := admitted(t, b.direct, client); got != want {
+				t.Errorf("direct port: taken %v, want %v", got, want)
 			}
 			if got := admitted(t, b.controlPlane, client); got != want {
 				t.Errorf("control plane: taken %v, want %v", got, want)
@@ -365,7 +382,7 @@ func TestC8_WrongServer(t *testing.T) {
 func TestC1_NoResumption(t *testing.T) {
 	b := newBorders(t)
 	m, _ := published(t)
-	for name, addr := range map[string]string{"tunnel": b.payments.Tunnel, "control plane": b.controlPlane, "bundle endpoint": m.Bundle} {
+	for name, addr := range map[string]string{"tunnel": b.payments.Tunnel, "direct port": b.direct, "control plane": b.controlPlane, "bundle endpoint": m.Bundle} {
 		cert := b.own.Leaf(ordersPeer, nil)
 		cfg := &tls.Config{
 			InsecureSkipVerify: true, NextProtos: []string{"h2", "http/1.1"}, ServerName: "x", //nolint:gosec // the other end is not the question

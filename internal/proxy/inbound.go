@@ -59,7 +59,7 @@ type InboundConfig struct {
 	Log           hclog.Logger
 }
 
-// Inbound is the way to the app: it authenticates peers, has policy decide, and
+// Inbound is the way to the app, by tunnels and at direct ports: it authenticates peers, has policy decide, and
 // relays to the app's declared ports and nothing else.
 type Inbound struct {
 	cfg        InboundConfig
@@ -72,6 +72,7 @@ type Inbound struct {
 	failures   failures
 	apps       appStates
 	draining   atomic.Bool
+	directs    *directs
 }
 
 // ListenInbound opens the tunnel listener; nothing is accepted before Serve. An
@@ -106,6 +107,7 @@ func ListenInbound(cfg InboundConfig) (*Inbound, error) {
 		in.served[a.Port] = a
 	}
 	markVerification(in.tls)
+	in.directs = newDirects(in)
 	cfg.Views.Watch(in.recheck)
 	cfg.Book.Watch(in.recheckRevoked)
 	return in, nil
@@ -156,7 +158,14 @@ func (in *Inbound) AppErrors() []string { return in.apps.errors() }
 
 // Serve accepts connections until Drain or the end of ctx and returns when all
 // have ended. The end of ctx ends live connections at once. Call it once.
-func (in *Inbound) Serve(ctx context.Context) error { return in.ln.Serve(ctx, in.serve) }
+func (in *Inbound) Serve(ctx context.Context) error {
+	var direct sync.WaitGroup
+	direct.Go(func() { in.directs.run(ctx) })
+	err := in.ln.Serve(ctx, in.serve)
+	in.directs.close()
+	direct.Wait()
+	return err
+}
 
 // Close closes the listener of an Inbound that never served.
 func (in *Inbound) Close() error { return in.ln.Close() }
@@ -165,6 +174,7 @@ func (in *Inbound) Close() error { return in.ln.Close() }
 // what is left and returns how many that were.
 func (in *Inbound) Drain(ctx context.Context) int {
 	in.draining.Store(true)
+	in.directs.close()
 	if err := in.ln.Close(); err != nil {
 		in.cfg.Log.Warn("closing the tunnel listener", "error", err)
 	}
@@ -175,6 +185,7 @@ func (in *Inbound) Drain(ctx context.Context) int {
 // recheck decides every live connection again and cuts those that v denies; with
 // new bundles also those whose peer is not verified by them.
 func (in *Inbound) recheck(v *View, changed xds.Kind) {
+	in.directs.look()
 	for _, c := range in.conns.all() {
 		d := v.decide(c.Request)
 		if changed == xds.Bundles && c.distrusted(in.cfg.Source) {
@@ -194,7 +205,7 @@ func (in *Inbound) recheckRevoked(*revocation.List) {
 
 // serve owns one accepted connection.
 func (in *Inbound) serve(ctx context.Context, raw net.Conn) {
-	conn, peer, err := in.handshake(ctx, raw)
+	conn, peer, err := in.handshake(ctx, raw, in.tls)
 	if err != nil {
 		in.failures.add(err)
 		in.cfg.Log.Debug("handshake ended without a peer", "error", err)
@@ -238,7 +249,7 @@ type peer struct {
 }
 
 // handshake authenticates the client. It closes raw when it returns an error.
-func (in *Inbound) handshake(ctx context.Context, raw net.Conn) (net.Conn, peer, error) {
+func (in *Inbound) handshake(ctx context.Context, raw net.Conn, cfg *tls.Config) (net.Conn, peer, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeLimit)
 	defer cancel()
 	ctx, leave := in.handshakes.enter(ctx)
@@ -251,7 +262,7 @@ func (in *Inbound) handshake(ctx context.Context, raw net.Conn) (net.Conn, peer,
 		return nil, peer{}, fmt.Errorf("authenticating client: %w", err)
 	}
 	trust := in.cfg.Views.Load().trust
-	conn := tls.Server(raw, in.tls)
+	conn := tls.Server(raw, cfg)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		return fail(err)
 	}

@@ -274,7 +274,7 @@ func (o *Outbound) serve(ctx context.Context, local net.Conn, front capture.Fron
 	}
 	defer func() { o.close(up) }()
 	f.Effect, f.Would = policy.Allow, policy.Allow
-	if id := up.stream.DecisionID(); flow.ValidID(id) {
+	if id := up.decision; flow.ValidID(id) {
 		f.ID = id
 		o.conns.rename(c, id)
 	}

@@ -5,10 +5,12 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"time"
 
 	"github.com/sallyport-mesh/sallyport/internal/tunnel"
+	"github.com/sallyport-mesh/sallyport/internal/xds"
 	"github.com/sallyport-mesh/sallyport/pkg/identity"
 )
 
@@ -19,13 +21,14 @@ const (
 	maxTries     = 3                // different endpoints
 )
 
-// upstream is an open stream to an endpoint.
+// upstream is an open stream to an endpoint: one of a tunnel or, to an instance
+// without sidecar, the TLS connection itself.
 type upstream struct {
-	session *tunnel.Session
-	stream  *tunnel.Stream
-	addr    netip.AddrPort
-	proof   *proof
-	leave   func() // ends what the session said beside the stream
+	stream   net.Conn
+	decision string // the id that the other end gave; "" if it gave none
+	addr     netip.AddrPort
+	proof    *proof
+	end      func() // waits for the end of what is below the stream
 }
 
 // open connects to an endpoint of d. One that cannot be reached, or says 503, is
@@ -41,7 +44,7 @@ func (o *Outbound) open(ctx context.Context, d destination) (*upstream, error) {
 			break
 		}
 		tried = append(tried, e.Addr)
-		up, err := o.attempt(ctx, d, e.Addr)
+		up, err := o.attempt(ctx, d, e)
 		if err == nil {
 			o.balancer.worked(e.Addr)
 			return up, nil
@@ -64,17 +67,21 @@ func (o *Outbound) open(ctx context.Context, d destination) (*upstream, error) {
 }
 
 // attempt tries one endpoint.
-func (o *Outbound) attempt(ctx context.Context, d destination, addr netip.AddrPort) (*upstream, error) {
+func (o *Outbound) attempt(ctx context.Context, d destination, e xds.Endpoint) (*upstream, error) {
 	ctx, cancel := context.WithTimeout(ctx, attemptLimit)
 	defer cancel()
-	raw, err := dialer(attemptLimit).DialContext(ctx, "tcp", addr.String())
+	raw, err := dialer(attemptLimit).DialContext(ctx, "tcp", e.Addr.String())
 	if err != nil {
 		return nil, err
 	}
 	trust := o.cfg.Views.Load().trust
-	conn := tls.Client(raw, identity.ClientTLS(
+	cfg := identity.ClientTLS(
 		identity.TLSConfig{Source: o.cfg.Source, Check: o.cfg.Book.Check, Now: o.cfg.Now, NextProtos: []string{alpn}},
-		identity.ExactPattern(d.Dst)))
+		identity.ExactPattern(d.Dst))
+	if e.Direct {
+		cfg = directTLS(cfg, d.port.Protocol)
+	}
+	conn := tls.Client(raw, cfg)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		_ = raw.Close()
 		return nil, fmt.Errorf("authenticating: %w", err)
@@ -85,6 +92,9 @@ func (o *Outbound) attempt(ctx context.Context, d destination, addr netip.AddrPo
 		return nil, fmt.Errorf("authenticating: %w", err)
 	}
 	proved := &proof{server, o.cfg.Now(), trust}
+	if e.Direct {
+		return &upstream{stream: conn, addr: e.Addr, proof: proved, end: func() {}}, nil
+	}
 	neighbour := o.cfg.Neighbours.join(d.Dst)
 	session, err := tunnel.Client(ctx, conn, tunnel.Config{Messages: neighbour.messages()})
 	if err != nil {
@@ -93,7 +103,7 @@ func (o *Outbound) attempt(ctx context.Context, d destination, addr netip.AddrPo
 	neighbour.start(session)
 	host, ok := identity.MeshName(d.Dst)
 	if !ok {
-		host = addr.Addr().String()
+		host = e.Addr.Addr().String()
 	}
 	stream, err := session.Open(ctx, tunnel.Target{Host: host, Port: d.Port})
 	if err != nil {
@@ -101,12 +111,14 @@ func (o *Outbound) attempt(ctx context.Context, d destination, addr netip.AddrPo
 		neighbour.leave()
 		return nil, err
 	}
-	return &upstream{session, stream, addr, proved, neighbour.leave}, nil
+	return &upstream{stream: stream, decision: stream.DecisionID(), addr: e.Addr, proof: proved, end: func() {
+		_ = session.Close() // always nil
+		neighbour.leave()
+	}}, nil
 }
 
 // close waits for the end of the connection below up's stream.
 func (o *Outbound) close(up *upstream) {
-	_ = up.session.Close() // always nil
-	up.leave()
+	up.end()
 	o.balancer.release(up.addr, false, o.cfg.Now())
 }

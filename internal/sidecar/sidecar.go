@@ -186,6 +186,11 @@ func (s *Sidecar) openIdentity() error {
 		if err != nil {
 			return fmt.Errorf("files[%d]: %w", i, err)
 		}
+		if file.GRPC {
+			if err := xds.AddBootstrap(w, s.cfg.ControlPlane); err != nil {
+				return errors.Join(err, w.Close())
+			}
+		}
 		s.files = append(s.files, agent.NewFiles(s.wallet, w, nil, uint32(os.Geteuid())))
 	}
 	if s.cfg.WorkloadAPI.Socket == "" {

@@ -26,6 +26,7 @@ const (
 	componentPolicy    = "policy"
 	componentAnnounce  = "announce"
 	componentTunnel    = "tunnel"
+	componentDirect    = "direct"
 	componentApp       = "app"
 	componentOutbound  = "outbound"
 	componentIsolation = "local-isolation"
@@ -36,6 +37,7 @@ const (
 func (s *Sidecar) openHealth() {
 	s.health = admin.NewHealth(s.now, componentIdentity, componentPolicy)
 	s.health.Set(componentTunnel, admin.OK, "")
+	s.health.Set(componentDirect, admin.OK, "")
 	s.health.Set(componentApp, admin.OK, "")
 	s.health.Set(componentOutbound, admin.OK, "")
 	s.health.Set(componentLink, admin.Degraded, "not connected yet")
@@ -71,6 +73,7 @@ func (s *Sidecar) refreshHealth() {
 	if errs := s.inbound.AppErrors(); len(errs) > 0 {
 		all[componentApp] = append(all[componentApp], "the last call to the app went wrong; is it running? "+strings.Join(errs, ", "))
 	}
+	all[componentDirect] = s.inbound.DirectErrors()
 	if s.wallet != nil {
 		all[componentAppSVID] = s.wallet.Late(s.now())
 		for _, f := range s.files {

@@ -131,17 +131,22 @@ func envoyAllowsRequest(t interface{ Fatal(...any) }, res Resources, q policy.Re
 		if proto.Unmarshal(r.Resource.Value, ext) != nil || proto.Unmarshal(ext.TypedConfig.Value, filter) != nil {
 			t.Fatal("unreadable rules")
 		}
-		if err := filter.ValidateAll(); err != nil {
-			t.Fatal(err)
-		}
-		matched := false
-		for _, p := range filter.GetRules().GetPolicies() {
-			matched = matched || slices.ContainsFunc(p.Permissions, func(m *rbacv3.Permission) bool { return envoyPermits(m, q) }) &&
-				slices.ContainsFunc(p.Principals, func(m *rbacv3.Principal) bool { return envoyIs(m, q.Src) })
-		}
-		ok = ok && matched == (filter.GetRules().GetAction() == rbacv3.RBAC_ALLOW)
+		ok = ok && filterPasses(t, filter, q)
 	}
 	return ok
+}
+
+// filterPasses evaluates one HTTP filter.
+func filterPasses(t interface{ Fatal(...any) }, filter *httprbacv3.RBAC, q policy.Request) bool {
+	if err := filter.ValidateAll(); err != nil {
+		t.Fatal(err)
+	}
+	matched := false
+	for _, p := range filter.GetRules().GetPolicies() {
+		matched = matched || slices.ContainsFunc(p.Permissions, func(m *rbacv3.Permission) bool { return envoyPermits(m, q) }) &&
+			slices.ContainsFunc(p.Principals, func(m *rbacv3.Principal) bool { return envoyIs(m, q.Src) })
+	}
+	return matched == (filter.GetRules().GetAction() == rbacv3.RBAC_ALLOW)
 }
 
 func envoyIs(m *rbacv3.Principal, src spiffeid.ID) bool {

@@ -24,6 +24,7 @@ const (
 
 	maxNameBytes = 1 << 20 // bytes of all names that one stream makes the server remember
 	maxSiblings  = 3       // streams of one instance
+	maxProxyless = 100     // the same, of gRPC without sidecar
 
 	requestRate  = 100 // requests per second and stream, in the long run
 	requestBurst = 50  // requests at once

@@ -96,7 +96,7 @@ func TestSliceFollowsWorkloads(t *testing.T) {
 			delete(snap.Services, id("/orders"))
 		}
 		p = prepare(snap, p, nil)
-		got, err := parseResource(id("/orders"), ExtensionType, p.slice(id("/orders"), policy.CurrentLevel).resources[ExtensionType][0])
+		got, err := parseResource(id("/orders"), ExtensionType, p.slice(sliceKey{id: id("/orders"), level: policy.CurrentLevel}).resources[ExtensionType][0])
 		require.NoError(t, err)
 		if n := len(got.(rbacRules).rules); n != want {
 			t.Errorf("step %d: got %d rules, want %d", i, n, want)

@@ -134,7 +134,16 @@ func parseListener(node spiffeid.ID, l *listenerv3.Listener) (door, error) {
 		if number > 65535 {
 			return d, fmt.Errorf("port %d does not exist", number)
 		}
+		var direct uint16
+		if f := ownFields(fc.GetMetadata())["direct"]; f != nil {
+			n, err := portNumber(f)
+			if err != nil {
+				return d, err
+			}
+			direct = n
+		}
 		d.ports = append(d.ports, policy.Port{
+			Direct:   direct,
 			Name:     fc.GetName(),
 			Number:   uint16(number),
 			Protocol: policy.Protocol(ownFields(fc.GetMetadata())["protocol"].GetStringValue()),
@@ -206,7 +215,7 @@ func parseEndpoints(cla *endpointv3.ClusterLoadAssignment) ([]Endpoint, error) {
 				return nil, err
 			}
 			md := ownFields(lb.GetMetadata())
-			e := Endpoint{Instance: md["instance"].GetStringValue(), Addr: addr}
+			e := Endpoint{Instance: md["instance"].GetStringValue(), Addr: addr, Direct: md["direct"].GetBoolValue()}
 			for _, v := range md["ports"].GetListValue().GetValues() {
 				p, err := portNumber(v)
 				if err != nil {

@@ -102,7 +102,7 @@ func formOfService(id spiffeid.ID, s Service, last *serviceForm) (*serviceForm, 
 }
 
 func sameEndpoint(a, b Endpoint) bool {
-	return a.Instance == b.Instance && a.Addr == b.Addr && slices.Equal(a.Ports, b.Ports)
+	return a.Instance == b.Instance && a.Addr == b.Addr && a.Direct == b.Direct && slices.Equal(a.Ports, b.Ports)
 }
 
 func formOfBundle(td spiffeid.TrustDomain, bundle *spiffebundle.Bundle, last *bundleForm) (*bundleForm, error) {
@@ -127,6 +127,8 @@ type sliceCache struct {
 type sliceKey struct {
 	id    spiffeid.ID
 	level policy.Level
+
+	proxyless bool
 }
 
 // nodeSlice is one node's part of the rules, in wire form.
@@ -140,13 +142,14 @@ type nodeSlice struct {
 	resources map[string][]*Resource
 	reach     reach                   // what the node may reach
 	foreign   map[string]*serviceForm // :: SPIFFE ID → what is offered of a foreign destination
+	proxyless *proxyless              // nil: a sidecar's slice
+	narrowed  string                  // rules that mean less there than they say
 }
 
-// slice returns what id may know of the rules. Its error means that the node's
+// slice returns what a node may know of the rules. Its error means that the node's
 // rules have no wire form; the node then keeps what it has.
-func (p *prepared) slice(id spiffeid.ID, level policy.Level) *nodeSlice {
-	key := sliceKey{id, level}
-	service, known := p.snap.service(id)
+func (p *prepared) slice(key sliceKey) *nodeSlice {
+	service, known := p.snap.service(key.id)
 	same := func(n *nodeSlice) bool { return n.known == known && slices.Equal(n.ports, service.Ports) }
 	for {
 		v, ok := p.slices.nodes.Load(key)
@@ -175,10 +178,16 @@ func (p *prepared) slice(id spiffeid.ID, level policy.Level) *nodeSlice {
 func (n *nodeSlice) fill(key sliceKey, rules *policy.Ruleset, services map[spiffeid.ID]Service) {
 	id := key.id
 	n.domain = id.TrustDomain()
+	if key.proxyless {
+		n.proxyless, n.err = newProxyless(n, id, rules)
+		return
+	}
 	var mine *policy.Ruleset
 	own := door{ports: n.ports}
 	if rules != nil && n.known {
-		mine, _ = rules.For(id).ForLevel(key.level)
+		var changed []policy.RuleRef
+		mine, changed = rules.For(id).ForLevel(key.level)
+		n.narrowed = list(changed)
 		w, _ := rules.Workload(id)
 		own.maxStale = w.MaxStale
 		for _, r := range rules.Reach(id) {

@@ -43,7 +43,8 @@ type ServerConfig struct {
 	MaxSubscriptions int
 }
 
-// Server serves delta ADS: to each node what its own identity needs, cut from
+// Server serves ADS, delta to sidecars and state of the world to gRPC without
+// sidecar: to each node what its own identity needs, cut from
 // the newest [Snapshot]. Who the node is, its certificate says; what it claims
 // in its requests only names its instance. An identity that is no workload of
 // the snapshot is sent the bundles and otherwise the empty view, which lets
@@ -71,9 +72,20 @@ type Server struct {
 
 // holder is an instance as its certificate proves it.
 type holder struct {
-	id       spiffeid.ID
-	instance string
+	id        spiffeid.ID
+	instance  string
+	proxyless bool // not its sidecar
 }
+
+// most is how many streams it may hold. gRPC opens one for each target.
+func (h holder) most() int {
+	if h.proxyless {
+		return maxProxyless
+	}
+	return maxSiblings
+}
+
+func (st *stream) holder() holder { return holder{st.peer.ID, st.instance, st.status.Proxyless} }
 
 var _ discoveryv3.AggregatedDiscoveryServiceServer = (*Server)(nil)
 
@@ -131,12 +143,16 @@ func poke(box chan struct{}) {
 // when there is no caller or its certificate has expired, PermissionDenied when
 // it claims to be someone else or was disconnected, ResourceExhausted at a
 // limit, and Unavailable on Close.
-func (s *Server) DeltaAggregatedResources(ads deltaStream) error {
+func (s *Server) DeltaAggregatedResources(ads deltaStream) error { return s.serve(ads, false) }
+
+// serve serves one stream. Without proxy, whoever is at its other end enforces
+// rules by itself, as far as [proxyless] says.
+func (s *Server) serve(ads deltaStream, withoutProxy bool) error {
 	peer, ok := identity.PeerFromContext(ads.Context())
 	if !ok || peer.Leaf == nil || peer.ID.IsZero() {
 		return status.Error(codes.Unauthenticated, "a client certificate is required")
 	}
-	st, err := s.open(peer)
+	st, err := s.open(peer, withoutProxy)
 	if err != nil {
 		return err
 	}
@@ -144,8 +160,9 @@ func (s *Server) DeltaAggregatedResources(ads deltaStream) error {
 	return st.run(ads)
 }
 
-func (s *Server) open(peer identity.Peer) (*stream, error) {
+func (s *Server) open(peer identity.Peer, withoutProxy bool) (*stream, error) {
 	st := newStream(s, peer)
+	st.status.Proxyless = withoutProxy
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
@@ -167,8 +184,8 @@ func (s *Server) open(peer identity.Peer) (*stream, error) {
 // are too many: a sidecar that reconnects is never locked out by what it left
 // behind. The caller holds s.mu.
 func (s *Server) join(st *stream) {
-	h := holder{st.peer.ID, st.instance}
-	if all := s.proved[h]; len(all) == maxSiblings {
+	h := st.holder()
+	if all := s.proved[h]; len(all) == h.most() {
 		all[0].end(status.Error(codes.ResourceExhausted, "newer streams of the same instance took its place"))
 		s.proved[h] = all[1:]
 	}
@@ -177,7 +194,7 @@ func (s *Server) join(st *stream) {
 
 // leave undoes join. The caller holds s.mu.
 func (s *Server) leave(st *stream) {
-	h := holder{st.peer.ID, st.instance}
+	h := st.holder()
 	s.proved[h] = slices.DeleteFunc(s.proved[h], func(o *stream) bool { return o == st })
 	if len(s.proved[h]) == 0 {
 		delete(s.proved, h)
@@ -223,6 +240,8 @@ type NodeStatus struct {
 	NackRev   Revision  // the revision that it refused; zero without Nack
 	Connected time.Time // when the stream was opened
 
+	Proxyless   bool         // it is a gRPC client or server without sidecar
+	Narrowed    string       // rules that mean less at the node than they say; "" if none
 	Level       policy.Level // what it understands of the policy language; 0 before its first request
 	SVIDExpires time.Time    // not-after of the certificate that opened the stream
 	Unknown     bool         // its ID is no workload of the newest snapshot: it is sent the empty view

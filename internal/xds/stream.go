@@ -153,8 +153,12 @@ func (st *stream) request(r *discoveryv3.DeltaDiscoveryRequest) error {
 	return st.checkNames()
 }
 
-// complete reports whether the node has asked for all that a sidecar needs.
+// complete reports whether the node has asked for all that a sidecar needs, or for
+// what gRPC asks first.
 func (st *stream) complete() bool {
+	if st.status.Proxyless { // written before the stream began
+		return st.subs[ListenerType] != nil
+	}
 	for _, typeURL := range wireTypes() {
 		if st.subs[typeURL] == nil && !optionalType(typeURL) {
 			return false
@@ -214,7 +218,8 @@ func (st *stream) refresh() {
 	if p == nil || len(st.subs) == 0 {
 		return
 	}
-	v := nodeView{p: p, slice: p.slice(st.peer.ID, st.currentStatus().Level)}
+	now := st.currentStatus()
+	v := nodeView{p: p, slice: p.slice(sliceKey{st.peer.ID, now.Level, now.Proxyless})}
 	for _, typeURL := range wireTypes() {
 		t := st.subs[typeURL]
 		if t == nil || t.pending != nil || t.seen == p {
@@ -234,7 +239,7 @@ func (st *stream) refresh() {
 		t.pending.nonce, t.pending.since = resp.Nonce, st.srv.cfg.Now()
 		st.queue = append(st.queue, resp)
 	}
-	st.report()
+	st.report(v)
 }
 
 // send starts sending the next queued response unless one is under way.
@@ -269,18 +274,21 @@ func (st *stream) deadline() (time.Duration, error) {
 
 // report publishes the node's status. A node has come as far as the type that
 // is furthest behind, and nowhere before it has asked for all that it needs.
-func (st *stream) report() {
+func (st *stream) report(v nodeView) {
 	st.mu.Lock()
 	old := st.status
 	next := old
-	next.Acked, next.Nack, next.NackRev = Revision{}, "", Revision{}
+	next.Acked, next.Nack, next.NackRev, next.Narrowed = Revision{}, "", Revision{}, v.slice.narrowed
 	if st.complete() {
-		next.Acked = st.subs[SecretType].acked
+		next.Acked = st.subs[ListenerType].acked
 		for _, t := range st.subs {
 			if t.acked.Less(next.Acked) {
 				next.Acked = t.acked
 			}
 		}
+	}
+	if st.status.Proxyless && st.holds(v.p) { // its rules say who is revoked
+		next.revocations = v.p.revocations.GetVersion()
 	}
 	if t := st.subs[RevocationType]; t != nil {
 		next.revocations = t.have[st.peer.ID.TrustDomain().IDString()]
@@ -295,6 +303,16 @@ func (st *stream) report() {
 	if next != old {
 		st.srv.changed()
 	}
+}
+
+// holds reports whether the node has acknowledged all that it is to be told of p.
+func (st *stream) holds(p *prepared) bool {
+	for _, t := range st.subs {
+		if t.seen != p || t.pending != nil || t.nack != "" {
+			return false
+		}
+	}
+	return len(st.subs) > 0
 }
 
 func (st *stream) currentStatus() NodeStatus {

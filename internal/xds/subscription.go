@@ -58,6 +58,9 @@ func (v nodeView) find(typeURL, name string) *Resource {
 	if kindOf(typeURL) == Endpoints && !v.slice.known {
 		return nil
 	}
+	if v.slice.proxyless != nil {
+		return v.slice.proxyless.find(v.p, typeURL, name)
+	}
 	switch typeURL {
 	case ClusterType:
 		if s := v.service(name); s != nil {
@@ -83,8 +86,12 @@ func (v nodeView) find(typeURL, name string) *Resource {
 	return nil
 }
 
-// everything returns the names that a wildcard stands for.
+// everything returns the names that a wildcard stands for: to gRPC, which asks for
+// what it was told to dial, none.
 func (v nodeView) everything(typeURL string) []string {
+	if v.slice.proxyless != nil {
+		return nil
+	}
 	switch typeURL {
 	case ClusterType, EndpointType:
 		return v.slice.reach.names(v.p.instances)

@@ -141,11 +141,15 @@ func listenerOf(node spiffeid.ID, d door) *listenerv3.Listener {
 		}}))
 	}
 	for _, p := range d.ports {
+		md := ownMetadata("protocol", structpb.NewStringValue(string(p.Protocol)))
+		if p.Direct != 0 {
+			md.FilterMetadata[metadataKey].Fields["direct"] = structpb.NewNumberValue(float64(p.Direct))
+		}
 		l.FilterChains = append(l.FilterChains, &listenerv3.FilterChain{
 			Name:             p.Name,
 			FilterChainMatch: &listenerv3.FilterChainMatch{DestinationPort: wrapperspb.UInt32(uint32(p.Number))},
 			Filters:          []*listenerv3.Filter{rbacReference(DenyRules), rbacReference(AllowRules)},
-			Metadata:         ownMetadata("protocol", structpb.NewStringValue(string(p.Protocol))),
+			Metadata:         md,
 		})
 	}
 	return l
@@ -236,6 +240,9 @@ func lbEndpoint(e Endpoint) *endpointv3.LbEndpoint {
 	}
 	md := ownMetadata("instance", structpb.NewStringValue(e.Instance))
 	md.FilterMetadata[metadataKey].Fields["ports"] = structpb.NewListValue(&structpb.ListValue{Values: ports})
+	if e.Direct {
+		md.FilterMetadata[metadataKey].Fields["direct"] = structpb.NewBoolValue(true)
+	}
 	return &endpointv3.LbEndpoint{
 		HealthStatus: corev3.HealthStatus_HEALTHY,
 		Metadata:     md,
@@ -338,7 +345,7 @@ func portValues(ports []policy.Port) *structpb.Value {
 
 // checkPorts accepts what a workload may declare, in both directions.
 func checkPorts(ports []policy.Port) error {
-	names, numbers := make(map[string]bool, len(ports)), make(map[uint16]bool, len(ports))
+	names, numbers, direct := make(map[string]bool, len(ports)), make(map[uint16]bool, len(ports)), make(map[uint16]bool)
 	for _, p := range ports {
 		switch {
 		case p.Name == "" || len(p.Name) > 63 || strings.Trim(p.Name, "abcdefghijklmnopqrstuvwxyz0123456789-") != "":
@@ -349,8 +356,10 @@ func checkPorts(ports []policy.Port) error {
 			return fmt.Errorf("port %s: protocol %.100q is none of tcp, http, grpc", p.Name, p.Protocol)
 		case names[p.Name] || numbers[p.Number]:
 			return fmt.Errorf("port %s (%d) is declared twice", p.Name, p.Number)
+		case p.Direct != 0 && direct[p.Direct]:
+			return fmt.Errorf("direct port %d is declared twice", p.Direct)
 		}
-		names[p.Name], numbers[p.Number] = true, true
+		names[p.Name], numbers[p.Number], direct[p.Direct] = true, true, true
 	}
 	return nil
 }

@@ -172,12 +172,12 @@ func TestParseTranslateKeepsView(t *testing.T) {
 	want := View{
 		Node: id("/shop/payments"), Rev: Revision{3, 42}, Revocations: envelope(t, shop, 7),
 		MaxStale: policy.MaxStale{After: 90 * time.Minute, Refuse: true},
-		Ports:    []policy.Port{{Name: "http", Number: 8080, Protocol: policy.HTTP}, {Name: "admin", Number: 1, Protocol: policy.TCP}},
+		Ports:    []policy.Port{{Name: "http", Number: 8080, Protocol: policy.HTTP}, {Name: "admin", Number: 1, Protocol: policy.TCP, Direct: 9443}},
 		Services: []Service{
 			{ID: spiffeid.RequireFromPath(other, "/shop/c"), MeshName: "c.shop.other.mesh"},
 			{ID: id("/a"), Ports: []policy.Port{{Name: "g", Number: 65535, Protocol: policy.GRPC}}, Endpoints: []Endpoint{
 				{Instance: "i1", Addr: netip.MustParseAddrPort("10.0.0.1:15008"), Ports: []uint16{65535}},
-				{Instance: "i2", Addr: netip.MustParseAddrPort("[2001:db8::1]:15008")},
+				{Instance: "i2", Addr: netip.MustParseAddrPort("[2001:db8::1]:15008"), Direct: true},
 			}},
 			{ID: id("/b")},
 		},
@@ -221,6 +221,7 @@ func TestTranslateRefuses(t *testing.T) {
 	for name, v := range map[string]View{
 		"no node":         {},
 		"port twice":      {Node: id("/a"), Ports: []policy.Port{{Name: "x", Number: 1, Protocol: "tcp"}, {Name: "y", Number: 1, Protocol: "tcp"}}},
+		"direct twice":    {Node: id("/a"), Ports: []policy.Port{{Name: "x", Number: 1, Protocol: "tcp", Direct: 9}, {Name: "y", Number: 2, Protocol: "tcp", Direct: 9}}},
 		"port 0":          {Node: id("/a"), Ports: []policy.Port{{Name: "x", Protocol: "tcp"}}},
 		"protocol":        {Node: id("/a"), Ports: []policy.Port{{Name: "x", Number: 1, Protocol: "sctp"}}},
 		"empty bundle":    {Node: id("/a"), Bundles: identity.Bundles{shop: spiffebundle.FromX509Authorities(shop, nil)}},

@@ -50,6 +50,9 @@ type Endpoint struct {
 	Instance string
 	Addr     netip.AddrPort // its tunnel listener
 	Ports    []uint16       // declared ports this instance serves, ascending
+	// Direct says that it has no sidecar: at Addr it takes plain mutual TLS for its
+	// one port.
+	Direct bool
 }
 
 // Service is a destination: a workload, its declared ports and where it runs.
@@ -85,6 +88,9 @@ type Snapshot struct {
 	// and has endpoints, and every foreign destination.
 	Services map[spiffeid.ID]Service
 	Bundles  identity.Bundles
+	// Revoked are the IDs that gRPC servers refuse, which know no revocation list,
+	// and that their clients are not told of.
+	Revoked map[spiffeid.ID]bool
 	// Revocations is as in View. A newer list may come with the same Rev.
 	Revocations []byte
 }

@@ -145,6 +145,9 @@ func (c *comparison) changes(old, now CompiledWorkload) []string {
 	}
 	list("labels", old.labelList(), now.labelList())
 	list("ports", old.portTexts(), now.portTexts())
+	if list("endpoints", old.endpointTexts(), now.endpointTexts()) {
+		c.diff.adds = true
+	}
 	if old.MaxStale != now.MaxStale {
 		out = append(out, "maxStale "+now.MaxStale.String())
 		c.diff.adds = c.diff.adds || old.MaxStale.Refuse
@@ -175,6 +178,17 @@ func (w Workload) portTexts() []string {
 		if !p.Plaintext.IsZero() {
 			out[i] += " in plaintext until " + p.Plaintext.Format(time.RFC3339)
 		}
+		if p.Direct != 0 {
+			out[i] += " direct at " + strconv.Itoa(int(p.Direct))
+		}
+	}
+	return out
+}
+
+func (w Workload) endpointTexts() []string {
+	out := make([]string, len(w.Endpoints))
+	for i, e := range w.Endpoints {
+		out[i] = e.String()
 	}
 	return out
 }

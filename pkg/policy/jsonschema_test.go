@@ -262,7 +262,12 @@ func (p *prober) fields(at string, s *shape, wrap func(string) string) {
 		if f.required {
 			p.agree(at+" without "+f.name, wrap(sampleWith(s, f.name, "")))
 		}
-		p.walk(at+"."+f.name, f.shape, func(v string) string { return wrap(sampleWith(s, f.name, v)) })
+		p.walk(at+"."+f.name, f.shape, func(v string) string {
+			if f.name == "endpoints" && s == workloadSpec { // they lead to a declared port
+				v += ", ports: [{name: grpc, port: 15008, protocol: grpc}]"
+			}
+			return wrap(sampleWith(s, f.name, v))
+		})
 	}
 }
 

@@ -22,10 +22,16 @@ const (
 // tell; a deny is widened to the whole port and to all times; a deny in audit mode
 // is left out, as it would record what it does not say.
 func (r *Ruleset) ForLevel(l Level) (*Ruleset, []RuleRef) {
+	return r.rewrite(func(rule Rule) (Rule, bool, bool) { return rule.forLevel(l) })
+}
+
+// rewrite gives the rules as each makes them, without those that it does not keep,
+// and tells which of them are not the same.
+func (r *Ruleset) rewrite(each func(Rule) (out Rule, keep, same bool)) (*Ruleset, []RuleRef) {
 	var rules []Rule
 	var changed []RuleRef
 	for i := range r.Rules() {
-		rule, keep, same := r.rules[i].forLevel(l)
+		rule, keep, same := each(r.rules[i])
 		if keep {
 			rules = append(rules, rule)
 		}

@@ -45,6 +45,9 @@ func (f *fileReader) workload(meta object, name string, p pos, n *yaml.Node) {
 	if pn, ok := spec.fields["ports"]; ok {
 		w.Ports, w.ports = f.ports(pn, "spec.ports"), places(pn)
 	}
+	if en, ok := spec.fields["endpoints"]; ok {
+		w.Endpoints = f.addresses(en, w)
+	}
 	f.set.Workloads = append(f.set.Workloads, w)
 }
 
@@ -138,10 +141,10 @@ func (f *fileReader) ports(n *yaml.Node, what string) []Port {
 		f.fail(at(n), "", "%s declares more than %d ports", what, MaxPorts)
 		return nil
 	}
-	names, numbers := map[string]int{}, map[uint16]int{} // :: → line
+	seen := portsSeen{map[string]int{}, map[uint16]int{}, map[uint16]int{}}
 	var out []Port
 	for i, item := range items {
-		port, ok := f.port(item, fmt.Sprintf("%s[%d]", what, i), names, numbers)
+		port, ok := f.port(item, fmt.Sprintf("%s[%d]", what, i), seen)
 		if ok {
 			out = append(out, port)
 		}
@@ -149,7 +152,13 @@ func (f *fileReader) ports(n *yaml.Node, what string) []Port {
 	return out
 }
 
-func (f *fileReader) port(n *yaml.Node, what string, names map[string]int, numbers map[uint16]int) (Port, bool) {
+// portsSeen is where each name, number and direct number of a list stands.
+type portsSeen struct {
+	names           map[string]int // :: → line
+	numbers, direct map[uint16]int // :: → line
+}
+
+func (f *fileReader) port(n *yaml.Node, what string, seen portsSeen) (Port, bool) {
 	o, ok := f.object(n, what, portShape.known)
 	if !ok {
 		return Port{}, false
@@ -157,17 +166,19 @@ func (f *fileReader) port(n *yaml.Node, what string, names map[string]int, numbe
 	var p Port
 	name, nn, ok1 := o.text("name")
 	if ok1 {
-		ok1 = f.portName(nn, name, what+".name") && f.unique(nn, fmt.Sprintf("port name %q", name), names[name])
-		p.Name, names[name] = name, at(nn).line
+		ok1 = f.portName(nn, name, what+".name") && f.unique(nn, fmt.Sprintf("port name %q", name), seen.names[name])
+		p.Name, seen.names[name] = name, at(nn).line
 	}
 	numNode, ok2 := o.need("port")
 	if ok2 {
 		if p.Number, ok2 = f.portNumber(numNode, what+".port"); ok2 {
-			ok2 = f.unique(numNode, fmt.Sprintf("port number %d", p.Number), numbers[p.Number])
-			numbers[p.Number] = at(numNode).line
+			ok2 = f.unique(numNode, fmt.Sprintf("port number %d", p.Number), seen.numbers[p.Number])
+			seen.numbers[p.Number] = at(numNode).line
 		}
 	}
 	p.Protocol, ok = f.protocol(o)
+	var ok3 bool
+	p.Direct, ok3 = f.direct(o, seen.direct)
 	if tn, has := o.fields["plaintext"]; has {
 		if until, good := f.object(tn, what+".plaintext", plaintextShape.known); good {
 			if un, good := until.need("until"); good {
@@ -175,7 +186,7 @@ func (f *fileReader) port(n *yaml.Node, what string, names map[string]int, numbe
 			}
 		}
 	}
-	return p, ok && ok1 && ok2
+	return p, ok && ok1 && ok2 && ok3
 }
 
 func (f *fileReader) protocol(o object) (Protocol, bool) {

@@ -58,6 +58,9 @@ type Port struct {
 	// Plaintext is until when callers without mutual TLS, which have no identity,
 	// may come to this port while a team moves in; zero: never.
 	Plaintext time.Time
+	// Direct is where the sidecar also takes plain mutual TLS for this port, for
+	// callers that have no sidecar; 0: nowhere. No decision reads it.
+	Direct uint16
 }
 
 // Request asks whether Src may open a connection to Port of Dst, or, with HTTP,

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"net/netip"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -49,9 +50,13 @@ type Workload struct {
 	Ports  []Port            // in the order written
 	// MaxStale is what becomes of callers while revocations may be unknown.
 	MaxStale MaxStale
-	File     string // path below the policy folder, with slashes
-	Line     int    // of metadata.name, from 1
-	Col      int    // in characters, from 1
+	// Endpoints are where instances without sidecar serve by mutual TLS themselves,
+	// in the order written: a declared grpc port of some address each. Addresses are
+	// dialled; no decision reads them.
+	Endpoints []netip.AddrPort
+	File      string // path below the policy folder, with slashes
+	Line      int    // of metadata.name, from 1
+	Col       int    // in characters, from 1
 
 	id     pos            // of spec.id where written, else of metadata.name
 	labels map[string]pos // :: key → where it is written

@@ -19,17 +19,18 @@ const (
 
 // Values that stand in several places.
 var (
-	labelShape = textual("a lower-case DNS label", labelPattern, "payments").between(1, 63)
-	labelKey   = textual("key of a label", labelText63, "team")
-	labelValue = textual("value of a label; what YAML takes for a number or a date stands in quotes", labelText63, "billing")
-	timeShape  = textual("RFC 3339 in whole seconds with a zone", timePattern, "2030-01-01T00:00:00Z")
-	anyText    = textual("", "", "text")
-	someText   = textual("", "", "text").between(1, 0)
-	portNumber = &shape{doc: "number of a port", types: []string{"integer"}, low: 1, high: 65535, example: "8080"}
-	portName   = textual("name of a port; not all", `^[a-z0-9-]*[a-z][a-z0-9-]*$`, "http")
-	portOrAll  = &shape{doc: "a port's name or number; [all] alone means every port", forms: []*shape{portNumber, portName}, example: "http"}
-	protocol   = oneOf("what the port speaks; declared, never guessed", string(TCP), string(HTTP), string(GRPC))
-	idPath     = textual("the path of a SPIFFE ID", `^/[^*{}]+$`, "/shop/payments")
+	labelShape   = textual("a lower-case DNS label", labelPattern, "payments").between(1, 63)
+	labelKey     = textual("key of a label", labelText63, "team")
+	labelValue   = textual("value of a label; what YAML takes for a number or a date stands in quotes", labelText63, "billing")
+	timeShape    = textual("RFC 3339 in whole seconds with a zone", timePattern, "2030-01-01T00:00:00Z")
+	anyText      = textual("", "", "text")
+	someText     = textual("", "", "text").between(1, 0)
+	portNumber   = &shape{doc: "number of a port", types: []string{"integer"}, low: 1, high: 65535, example: "8080"}
+	portName     = textual("name of a port; not all", `^[a-z0-9-]*[a-z][a-z0-9-]*$`, "http")
+	portOrAll    = &shape{doc: "a port's name or number; [all] alone means every port", forms: []*shape{portNumber, portName}, example: "http"}
+	protocol     = oneOf("what the port speaks; declared, never guessed", string(TCP), string(HTTP), string(GRPC))
+	endpointText = textual("as in 192.0.2.7:15008", `:[0-9]+$`, `"192.0.2.7:15008"`)
+	idPath       = textual("the path of a SPIFFE ID", `^/[^*{}]+$`, "/shop/payments")
 
 	nameOnly = mapping("metadata", "how the document is called", must("name", labelShape.with("how the document is called; a lower-case DNS label")))
 )
@@ -63,7 +64,7 @@ var (
 		must("port", portNumber.with("what callers name on the wire; unique in the workload")),
 		must("protocol", protocol),
 		may("plaintext", plaintextShape),
-		later("direct", "remove it: callers come through their sidecars"))
+		may("direct", portNumber.with("where the sidecar also takes plain mutual TLS for this port, for callers without sidecar; unique in the workload")))
 	evidenceEntry = evidenceShape("evidence", false)
 	portsShape    = listOf("what is served", portShape).between(0, MaxPorts)
 
@@ -78,7 +79,7 @@ var (
 		may("attest", listOf("the evidence that proves it; any one is enough, none means that it cannot enrol", evidenceEntry).between(0, maxAttest)),
 		may("ports", portsShape),
 		may("maxStale", maxStaleShape),
-		later("endpoints", "remove it: replicas tell where they are"))
+		may("endpoints", listOf("where instances without sidecar serve: IP address and a declared port of protocol grpc", endpointText).between(0, MaxEndpoints)))
 )
 
 // Rules.

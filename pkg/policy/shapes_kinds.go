@@ -54,7 +54,7 @@ var (
 	foreignShape = mapping("foreignWorkload", "what may be called there",
 		must("id", idPath.with("the path of its SPIFFE ID")),
 		must("ports", portsShape),
-		must("endpoints", listOf("where its sidecars listen: IP address and port", textual("as in 192.0.2.7:15008", `:[0-9]+$`, `"192.0.2.7:15008"`)).between(1, maxEndpoints)))
+		must("endpoints", listOf("where its sidecars listen: IP address and port", endpointText).between(1, maxEndpoints)))
 	trustDomainSpec = trustDomainShape()
 )
 

@@ -31,6 +31,9 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
+	if grpcMain() {
+		return
+	}
 	os.Exit(m.Run())
 }
 

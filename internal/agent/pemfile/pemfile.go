@@ -10,6 +10,8 @@
 //	combined.pem       key and chain in one file
 //	bundle.pem         the roots of the own trust domain
 //	bundle.NAME.pem    those of the federated trust domain NAME, if asked for
+//	grpc-bootstrap.json
+//	                   what GRPC_XDS_BOOTSTRAP names, if asked for
 //
 // Each is a symbolic link into ..data, which is one to the folder of the present
 // version. A new version is written completely beside the old one and becomes the
@@ -36,6 +38,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"golang.org/x/sys/unix"
 )
 
@@ -63,6 +66,9 @@ type Config struct {
 	AllowDisk bool `yaml:"allowDisk"`
 	// Federated also writes the bundles of other trust domains, one file each.
 	Federated bool `yaml:"federated"`
+	// GRPC also writes the bootstrap file of gRPC applications that the control plane
+	// configures.
+	GRPC bool `yaml:"grpc"`
 	// OnChange tells a program that there is a new version.
 	OnChange OnChange `yaml:"onChange"`
 }
@@ -173,6 +179,7 @@ type Writer struct {
 	mode     fs.FileMode
 	root     *os.Root
 	serial   int
+	extra    map[string]Maker // :: name → what it holds
 
 	// before is called ahead of each step on the disk; an error stops there, as a
 	// crash would. Tests set it.
@@ -200,6 +207,18 @@ func New(cfg Config, log hclog.Logger) (*Writer, error) {
 		return nil, errors.Join(err, w.root.Close())
 	}
 	return w, nil
+}
+
+// Maker gives what a file beside an SVID holds.
+type Maker func(*x509svid.SVID) ([]byte, error)
+
+// Add has each version hold one more file, which everybody may read. It is called
+// before the first Write.
+func (w *Writer) Add(name string, data Maker) {
+	if w.extra == nil {
+		w.extra = make(map[string]Maker)
+	}
+	w.extra[name] = data
 }
 
 // Close gives the folder back; the files stay.

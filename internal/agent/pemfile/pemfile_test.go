@@ -113,7 +113,7 @@ func read(t *testing.T, dir string) *x509.Certificate {
 		return nil
 	}
 	require.NoError(t, err)
-	pair, err := tls.LoadX509KeyPair(filepath.Join(now, fileChain), filepath.Join(now, fileKey))
+	pair, err := tls.LoadX509KeyPair(filepath.Join(now, FileChain), filepath.Join(now, FileKey))
 	require.NoError(t, err, "key and certificate of one version")
 	both, err := os.ReadFile(filepath.Join(now, fileCombined))
 	require.NoError(t, err)
@@ -122,7 +122,7 @@ func read(t *testing.T, dir string) *x509.Certificate {
 	if !combined.Leaf.Equal(pair.Leaf) {
 		t.Error("the combined file is of another version")
 	}
-	if _, err := os.Stat(filepath.Join(now, fileBundle)); err != nil {
+	if _, err := os.Stat(filepath.Join(now, FileBundle)); err != nil {
 		t.Error(err)
 	}
 	return pair.Leaf
@@ -140,7 +140,7 @@ func TestWrite(t *testing.T) {
 		t.Error("another certificate")
 	}
 	for name, mode := range map[string]fs.FileMode{
-		fileChain: 0o644, fileKey: 0o600, fileCombined: 0o600, fileBundle: 0o644, "bundle.partner.example.pem": 0o644,
+		FileChain: 0o644, FileKey: 0o600, fileCombined: 0o600, FileBundle: 0o644, "bundle.partner.example.pem": 0o644,
 	} {
 		info, err := os.Stat(filepath.Join(dir, name))
 		require.NoError(t, err)
@@ -148,7 +148,7 @@ func TestWrite(t *testing.T) {
 			t.Errorf("%s: mode %o, want %o", name, info.Mode().Perm(), mode)
 		}
 	}
-	own, err := os.ReadFile(filepath.Join(dir, fileBundle))
+	own, err := os.ReadFile(filepath.Join(dir, FileBundle))
 	require.NoError(t, err)
 	if block, rest := pem.Decode(own); block == nil || string(block.Bytes) != string(a.root.Raw) || len(rest) != 0 {
 		t.Error("bundle.pem is not the own trust domain's, alone")
@@ -219,7 +219,7 @@ func TestCrashBetweenAnyTwoSteps(t *testing.T) {
 			if !read(t, dir).Equal(after.Certificates[0]) || len(versionsIn(t, dir)) > 2 {
 				t.Errorf("crash before %q: not recovered", at)
 			}
-			for _, name := range []string{fileChain, fileKey, fileCombined, fileBundle} {
+			for _, name := range []string{FileChain, FileKey, fileCombined, FileBundle} {
 				if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
 					t.Errorf("crash before %q: %v", at, err)
 				}
@@ -278,8 +278,8 @@ func TestGRPCFileWatcher(t *testing.T) {
 	w := open(t, Config{Dir: dir})
 	require.NoError(t, w.Write(a.issue(), a.bundles()))
 	provider, err := pemfile.NewProvider(pemfile.Options{
-		CertFile: filepath.Join(dir, fileChain), KeyFile: filepath.Join(dir, fileKey),
-		RootFile: filepath.Join(dir, fileBundle), RefreshDuration: 2 * time.Millisecond,
+		CertFile: filepath.Join(dir, FileChain), KeyFile: filepath.Join(dir, FileKey),
+		RootFile: filepath.Join(dir, FileBundle), RefreshDuration: 2 * time.Millisecond,
 	})
 	require.NoError(t, err)
 	defer provider.Close()
@@ -401,7 +401,7 @@ func TestPostgreSQLPermissions(t *testing.T) {
 		c.cfg.Dir = memory(t)
 		w := open(t, c.cfg)
 		require.NoError(t, w.Write(a.issue(), a.bundles()))
-		info, err := os.Stat(filepath.Join(c.cfg.Dir, fileKey))
+		info, err := os.Stat(filepath.Join(c.cfg.Dir, FileKey))
 		require.NoError(t, err)
 		st := info.Sys().(*syscall.Stat_t)
 		if st.Uid != c.uid || st.Gid != c.gid || info.Mode().Perm() != c.mode {
@@ -518,5 +518,29 @@ func TestNotify(t *testing.T) {
 		if err := note(OnChange{Signal: "HUP", PIDFile: pid}); err == nil {
 			t.Errorf("pid %q was taken", bad)
 		}
+	}
+}
+
+// An added file gets its name after those that it may speak of.
+func TestAddedFilesComeLast(t *testing.T) {
+	w := open(t, Config{Dir: memory(t)})
+	w.Add("aaa.json", func(svid *x509svid.SVID) ([]byte, error) { return []byte(svid.ID.String()), nil })
+	w.before = func(step string) error {
+		if step != "rename to aaa.json" {
+			return nil
+		}
+		for _, name := range []string{FileChain, FileKey, fileCombined, FileBundle} {
+			if _, err := os.Stat(filepath.Join(w.Dir(), name)); err != nil {
+				t.Error(err)
+			}
+		}
+		return nil
+	}
+	a := newAuthority()
+	require.NoError(t, w.Write(a.issue(), a.bundles()))
+	got, err := os.ReadFile(filepath.Join(w.Dir(), "aaa.json"))
+	require.NoError(t, err)
+	if string(got) != "spiffe://shop.example/app" {
+		t.Errorf("got %q", got)
 	}
 }

@@ -21,10 +21,10 @@ import (
 
 // Names in the folder.
 const (
-	fileChain    = "svid.pem"
-	fileKey      = "svid_key.pem"
+	FileChain    = "svid.pem"
+	FileKey      = "svid_key.pem"
 	fileCombined = "combined.pem"
-	fileBundle   = "bundle.pem"
+	FileBundle   = "bundle.pem"
 
 	link      = "..data"     // → the present version's folder
 	linkNext  = "..data.new" // becomes link
@@ -78,10 +78,17 @@ func (w *Writer) render(svid *x509svid.SVID, bundles identity.Bundles) (map[stri
 		return nil, fmt.Errorf("no bundle of trust domain %s", svid.ID.TrustDomain())
 	}
 	files := map[string]content{
-		fileChain:    {chain, publicMode},
-		fileKey:      {key, w.mode},
+		FileChain:    {chain, publicMode},
+		FileKey:      {key, w.mode},
 		fileCombined: {slices.Concat(key, chain), w.mode},
-		fileBundle:   {encode(own.X509Authorities()), publicMode},
+		FileBundle:   {encode(own.X509Authorities()), publicMode},
+	}
+	for name, data := range w.extra {
+		b, err := data(svid)
+		if err != nil {
+			return nil, fmt.Errorf("making %s: %w", name, err)
+		}
+		files[name] = content{b, publicMode}
 	}
 	for td, b := range bundles {
 		if w.cfg.Federated && td != svid.ID.TrustDomain() && len(b.X509Authorities()) > 0 {
@@ -196,10 +203,26 @@ func (w *Writer) point(name, next, target string) error {
 	return w.root.Rename(next, name)
 }
 
+// inOrder gives the names with those of [Writer.Add] last: they may speak of the
+// others, which are there once these are.
+func (w *Writer) inOrder(files map[string]content) []string {
+	return slices.SortedFunc(maps.Keys(files), func(a, b string) int {
+		_, addedA := w.extra[a]
+		_, addedB := w.extra[b]
+		switch {
+		case addedA == addedB:
+			return strings.Compare(a, b)
+		case addedA:
+			return 1
+		}
+		return -1
+	})
+}
+
 // names makes the names that programs open, and removes those of bundles that are
 // gone.
 func (w *Writer) names(files map[string]content) error {
-	for _, n := range slices.Sorted(maps.Keys(files)) {
+	for _, n := range w.inOrder(files) {
 		target := path.Join(link, n)
 		if got, err := w.root.Readlink(n); err == nil && got == target {
 			continue

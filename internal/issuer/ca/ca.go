@@ -12,6 +12,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"net"
 	"net/url"
 	"regexp"
 	"sync"
@@ -51,6 +52,10 @@ type Config struct {
 	// JWTIssuer is the claim iss of JWT-SVIDs: an https URL where OpenID Connect
 	// discovery is served. Empty: no such claim.
 	JWTIssuer string
+	// ServerNames are DNS names and IP addresses under which the control plane is
+	// reached by clients that know no SPIFFE IDs: they are in its own SVID, and in
+	// no other.
+	ServerNames []string
 
 	// Signer says where the keys above the intermediates are.
 	Signer SignerConfig
@@ -74,6 +79,8 @@ const (
 )
 
 var replicaName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$`)
+
+var dnsName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,62})(\.[a-z0-9]([a-z0-9-]{0,62}))*$`)
 
 func (cfg Config) withDefaults() Config {
 	setDefault(&cfg.RootTTL, defaultRootTTL)
@@ -114,6 +121,11 @@ func (cfg Config) validate() error {
 		return fmt.Errorf("opening the CA: JWT keys must live at least %v, not %v", minJWTKeyTTL, cfg.JWTKeyTTL)
 	case cfg.TaintGrace < 0:
 		return fmt.Errorf("opening the CA: a taint grace of %v", cfg.TaintGrace)
+	}
+	for _, n := range cfg.ServerNames {
+		if ip := net.ParseIP(n); ip != nil && ip.String() != n || ip == nil && !dnsName.MatchString(n) {
+			return fmt.Errorf("opening the CA: %q is neither a DNS name in lower case nor an IP address", n)
+		}
 	}
 	if err := cfg.Signer.validate(); err != nil {
 		return err

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"net"
 	"net/url"
 	"slices"
 	"time"
@@ -34,6 +35,8 @@ type Request struct {
 	// TTL is how long the SVID is to live: at least a second, and never longer
 	// than configured. Zero: as configured.
 	TTL time.Duration
+
+	names []string // DNS names and IP addresses beside the ID; the control plane's own only
 }
 
 // Issued is an X.509-SVID without its private key, and what to trust.
@@ -84,6 +87,7 @@ func (c *CA) issue(s *state, req Request) (*Issued, error) {
 		return nil, err
 	}
 	tmpl.Subject = pkix.Name{SerialNumber: req.Instance}
+	tmpl.DNSNames, tmpl.IPAddresses = splitNames(req.names)
 	tmpl.KeyUsage = x509.KeyUsageDigitalSignature
 	tmpl.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}
 	leaf, err := sign(tmpl, s.signer, req.Key)
@@ -173,6 +177,18 @@ func CheckKey(pub crypto.PublicKey) error {
 		return fmt.Errorf("key type %T: use ECDSA P-256 or P-384, Ed25519, or RSA", pub)
 	}
 	return nil
+}
+
+// splitNames tells DNS names from IP addresses.
+func splitNames(names []string) (dns []string, ips []net.IP) {
+	for _, n := range names {
+		if ip := net.ParseIP(n); ip != nil {
+			ips = append(ips, ip)
+		} else {
+			dns = append(dns, n)
+		}
+	}
+	return dns, ips
 }
 
 func printable(s string) bool {

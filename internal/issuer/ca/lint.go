@@ -6,6 +6,7 @@ import (
 	"encoding/asn1"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -27,7 +28,7 @@ var (
 // lintSVID checks a leaf against the request and the bundle it goes out with.
 func (c *CA) lintSVID(issued *Issued, req Request, now time.Time) error {
 	leaf, issuer := issued.Chain[0], issued.Chain[1]
-	if err := lintNames(leaf, req.ID); err != nil {
+	if err := lintNames(leaf, req.ID, req.names...); err != nil {
 		return err
 	}
 	if err := lintLeafUsage(leaf); err != nil {
@@ -52,16 +53,20 @@ func (c *CA) lintSVID(issued *Issued, req Request, now time.Time) error {
 	return nil
 }
 
-// lintNames: exactly one URI SAN and no other name [2], with SAN critical where
+// lintNames: exactly one URI SAN [2] and no other names than those asked for, with SAN critical where
 // there is no subject [3.1, RFC 5280 section 4.2.1.6].
-func lintNames(cert *x509.Certificate, id spiffeid.ID) error {
+func lintNames(cert *x509.Certificate, id spiffeid.ID, names ...string) error {
+	others := slices.Clone(cert.DNSNames)
+	for _, ip := range cert.IPAddresses {
+		others = append(others, ip.String())
+	}
 	switch {
 	case len(cert.URIs) != 1:
 		return fmt.Errorf("%d URI SANs, want one", len(cert.URIs))
 	case cert.URIs[0].String() != id.String():
 		return fmt.Errorf("names %s, not %s", cert.URIs[0], id)
-	case len(cert.DNSNames)+len(cert.EmailAddresses)+len(cert.IPAddresses) != 0:
-		return errors.New("a SAN that is no URI")
+	case len(cert.EmailAddresses) != 0 || !slices.Equal(slices.Sorted(slices.Values(others)), slices.Sorted(slices.Values(names))):
+		return errors.New("a SAN that is not asked for")
 	case cert.Subject.CommonName != "" && !cert.IsCA:
 		return errors.New("a common name")
 	case len(cert.Subject.Names) == 0 && !critical(cert, oidSubjectAltName):

@@ -44,7 +44,7 @@ func (c *CA) advanceServer(s *state, now time.Time) (*serverSVID, error) {
 	if err != nil {
 		return nil, fmt.Errorf("naming the control plane: %w", err)
 	}
-	issued, err := c.issue(s, Request{ID: id, Key: key.Public()})
+	issued, err := c.issue(s, Request{ID: id, Key: key.Public(), names: c.cfg.ServerNames})
 	if err != nil {
 		return nil, err
 	}
