@@ -98,6 +98,7 @@ func printStatus(w io.Writer, s *sallyportv1.StatusResponse) {
 		}
 	}
 	printFederated(w, s.GetFederated())
+	printDoors(w, s.GetDoors())
 	fmt.Fprintln(w)
 	if len(s.GetProblems()) == 0 {
 		fmt.Fprintln(w, "The mesh is well.")
@@ -106,6 +107,26 @@ func printStatus(w io.Writer, s *sallyportv1.StatusResponse) {
 	fmt.Fprintf(w, "%d to look at:\n", len(s.GetProblems()))
 	for _, p := range s.GetProblems() {
 		fmt.Fprintf(w, "- %s\n", strings.ReplaceAll(p, "\n", "\n  "))
+	}
+}
+
+// printDoors tells of every open door who opened it, until when, and how much it is
+// used by what no rule allows.
+func printDoors(w io.Writer, doors []*sallyportv1.OpenDoor) {
+	if len(doors) == 0 {
+		return
+	}
+	fmt.Fprintln(w, "\nOPEN DOOR\tTO\tUNTIL\tOPENED BY\tUSED")
+	for _, d := range doors {
+		by := "before the history begins"
+		if d.GetRevision() != "" {
+			by = fmt.Sprintf("%s, %s (revision %s)", orDash(d.GetActor()), local(d.GetOpened()), d.GetRevision())
+		}
+		used := "never"
+		if d.GetUsed() > 0 {
+			used = fmt.Sprintf("%d times, last %s", d.GetUsed(), local(d.GetLastUsed()))
+		}
+		fmt.Fprintf(w, "%s (%s)\t%s\t%s\t%s\t%s\n", d.GetName(), d.GetLocation(), strings.Join(d.GetTo(), ", "), local(d.GetUntil()), by, used)
 	}
 }
 

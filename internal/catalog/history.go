@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/sallyport-mesh/sallyport/internal/store"
+	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
 
 // limits bound what the history keeps.
@@ -63,6 +64,57 @@ func (c *Catalog) Current(ctx context.Context) (Rev, error) {
 		return Rev{}, fmt.Errorf("reading the current revision: %w", err)
 	}
 	return b.rev, nil
+}
+
+// Since returns the entry that brought what has finds in the set called name, and what
+// every later one has held too; false when that was before all that the history
+// holds, or is not there now.
+func (c *Catalog) Since(ctx context.Context, name string, has func(*policy.Set) bool) (Entry, bool, error) {
+	entries, err := c.entries(ctx)
+	if err != nil {
+		return Entry{}, false, fmt.Errorf("reading the history: %w", err)
+	}
+	asked := map[string]bool{} // :: blob → what has said of it
+	for i, e := range slices.Backward(entries) {
+		sum := e.Sets[name]
+		found, known := asked[sum]
+		if !known && sum != "" {
+			if found, err = c.holds(ctx, name, sum, has); err != nil {
+				return Entry{}, false, err
+			}
+			asked[sum] = found
+		}
+		if found {
+			continue
+		}
+		if i == len(entries)-1 {
+			return Entry{}, false, nil
+		}
+		e = entries[i+1]
+		return Entry{Rev: e.Rev, Time: e.Time, Actor: e.Actor, Origin: e.Origin, Summary: e.Summary}, true, nil
+	}
+	if len(entries) > 0 && entries[0].Rev.N == 1 { // the history is whole
+		e := entries[0]
+		return Entry{Rev: e.Rev, Time: e.Time, Actor: e.Actor, Origin: e.Origin, Summary: e.Summary}, true, nil
+	}
+	return Entry{}, false, nil
+}
+
+// holds asks about a set as it was once. One that this version cannot read holds
+// nothing.
+func (c *Catalog) holds(ctx context.Context, name, sum string, has func(*policy.Set) bool) (bool, error) {
+	l := c.cache.loadedSet(name, sum)
+	if l == nil {
+		files, err := c.readBlob(ctx, sum)
+		if errors.Is(err, errOvertaken) {
+			return false, nil
+		}
+		if err != nil {
+			return false, fmt.Errorf("reading the history: %w", err)
+		}
+		l = c.parse(name, files)
+	}
+	return l.set != nil && has(l.set), nil
 }
 
 // Files returns the sets as they were at rev: set name → file name → content.

@@ -264,6 +264,7 @@ func (c *ControlPlane) adminServer() *grpc.Server {
 			version: c.opts.Version, source: source, started: c.opts.Now(), problems: []func() string{c.catalog.Problem, c.authorityTrouble, c.revoker.trouble},
 			authorities: c.authorities, instances: c.instances, xds: c.xds, reconciler: c.reconciler,
 			federation: c.federation, revocations: c.registry.Revocations,
+			doors: &doorman{catalog: c.catalog, flows: c.flows}, now: c.opts.Now,
 		},
 	})
 	return s

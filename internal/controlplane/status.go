@@ -32,6 +32,8 @@ type statusReporter struct {
 	xds         *xds.Server
 	reconciler  *reconciler
 	federation  *federation.Manager
+	doors       *doorman
+	now         func() time.Time
 }
 
 func (s *statusReporter) report(ctx context.Context) (*sallyportv1.StatusResponse, error) {
@@ -60,6 +62,9 @@ func (s *statusReporter) report(ctx context.Context) (*sallyportv1.StatusRespons
 		resp.Problems = append(resp.Problems, "no policy was ever applied, so nobody can enrol: sallyport apply DIR")
 	}
 	var troubles []string
+	if resp.Doors, err = s.doors.open(ctx, state, s.now()); err != nil {
+		return nil, status.Errorf(codes.Unavailable, "reading the history: %v", err)
+	}
 	resp.Federated, troubles = federated(s.federation)
 	resp.Problems = append(resp.Problems, troubles...)
 	nodes := map[node]xds.NodeStatus{}

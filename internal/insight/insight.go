@@ -54,6 +54,7 @@ func (x Filter) Match(f *flow.Flow) bool {
 type Collector struct {
 	als.UnimplementedAccessLogServiceServer
 	ring     *flow.Ring
+	doors    doors
 	log      hclog.Logger
 	received *prometheus.CounterVec
 	rejected *prometheus.CounterVec
@@ -134,6 +135,7 @@ func (c *Collector) take(reporter spiffeid.ID, msg *als.StreamAccessLogsMessage)
 		f.Reporter = reporter.String()
 		c.received.WithLabelValues(string(f.Side), f.Verdict()).Inc()
 		c.ring.Record(f)
+		c.doors.note(&f)
 	}
 	return last
 }

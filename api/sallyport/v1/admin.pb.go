@@ -957,6 +957,7 @@ type StatusResponse struct {
 	PolicySource  string             `protobuf:"bytes,7,opt,name=policy_source,json=policySource,proto3" json:"policy_source,omitempty"`
 	Authorities   []*Authority       `protobuf:"bytes,8,rep,name=authorities,proto3" json:"authorities,omitempty"`
 	Federated     []*FederatedDomain `protobuf:"bytes,9,rep,name=federated,proto3" json:"federated,omitempty"`
+	Doors         []*OpenDoor        `protobuf:"bytes,10,rep,name=doors,proto3" json:"doors,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1054,6 +1055,126 @@ func (x *StatusResponse) GetFederated() []*FederatedDomain {
 	return nil
 }
 
+func (x *StatusResponse) GetDoors() []*OpenDoor {
+	if x != nil {
+		return x.Doors
+	}
+	return nil
+}
+
+// OpenDoor lets through what no rule allows, until it closes.
+type OpenDoor struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Name     string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`         // of the Defaults document
+	Location string                 `protobuf:"bytes,2,opt,name=location,proto3" json:"location,omitempty"` // file:line
+	// Workloads that it opens: their names, and the patterns of those yet to come.
+	To    []string               `protobuf:"bytes,3,rep,name=to,proto3" json:"to,omitempty"`
+	Until *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=until,proto3" json:"until,omitempty"`
+	// Who put it in force, by which revision, when. Empty: before what the history holds.
+	Actor    string                 `protobuf:"bytes,5,opt,name=actor,proto3" json:"actor,omitempty"`
+	Revision string                 `protobuf:"bytes,6,opt,name=revision,proto3" json:"revision,omitempty"`
+	Opened   *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=opened,proto3" json:"opened,omitempty"`
+	// Connections that came through it and that no rule allows, told by the sidecars of
+	// the destinations to this control plane since it started; and the newest.
+	Used          uint64                 `protobuf:"varint,8,opt,name=used,proto3" json:"used,omitempty"`
+	LastUsed      *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=last_used,json=lastUsed,proto3" json:"last_used,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenDoor) Reset() {
+	*x = OpenDoor{}
+	mi := &file_admin_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenDoor) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenDoor) ProtoMessage() {}
+
+func (x *OpenDoor) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenDoor.ProtoReflect.Descriptor instead.
+func (*OpenDoor) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *OpenDoor) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *OpenDoor) GetLocation() string {
+	if x != nil {
+		return x.Location
+	}
+	return ""
+}
+
+func (x *OpenDoor) GetTo() []string {
+	if x != nil {
+		return x.To
+	}
+	return nil
+}
+
+func (x *OpenDoor) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+func (x *OpenDoor) GetActor() string {
+	if x != nil {
+		return x.Actor
+	}
+	return ""
+}
+
+func (x *OpenDoor) GetRevision() string {
+	if x != nil {
+		return x.Revision
+	}
+	return ""
+}
+
+func (x *OpenDoor) GetOpened() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Opened
+	}
+	return nil
+}
+
+func (x *OpenDoor) GetUsed() uint64 {
+	if x != nil {
+		return x.Used
+	}
+	return 0
+}
+
+func (x *OpenDoor) GetLastUsed() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastUsed
+	}
+	return nil
+}
+
 // FederatedDomain is a foreign trust domain that a TrustDomain document names.
 type FederatedDomain struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
@@ -1070,7 +1191,7 @@ type FederatedDomain struct {
 
 func (x *FederatedDomain) Reset() {
 	*x = FederatedDomain{}
-	mi := &file_admin_proto_msgTypes[17]
+	mi := &file_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1082,7 +1203,7 @@ func (x *FederatedDomain) String() string {
 func (*FederatedDomain) ProtoMessage() {}
 
 func (x *FederatedDomain) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[17]
+	mi := &file_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1095,7 +1216,7 @@ func (x *FederatedDomain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FederatedDomain.ProtoReflect.Descriptor instead.
 func (*FederatedDomain) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{17}
+	return file_admin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *FederatedDomain) GetTrustDomain() string {
@@ -1153,7 +1274,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_admin_proto_msgTypes[18]
+	mi := &file_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1165,7 +1286,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[18]
+	mi := &file_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1178,7 +1299,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{18}
+	return file_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Authority) GetSubject() string {
@@ -1229,7 +1350,7 @@ type WorkloadStatus struct {
 
 func (x *WorkloadStatus) Reset() {
 	*x = WorkloadStatus{}
-	mi := &file_admin_proto_msgTypes[19]
+	mi := &file_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1241,7 +1362,7 @@ func (x *WorkloadStatus) String() string {
 func (*WorkloadStatus) ProtoMessage() {}
 
 func (x *WorkloadStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[19]
+	mi := &file_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1254,7 +1375,7 @@ func (x *WorkloadStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadStatus.ProtoReflect.Descriptor instead.
 func (*WorkloadStatus) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{19}
+	return file_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *WorkloadStatus) GetName() string {
@@ -1308,7 +1429,7 @@ type InstanceStatus struct {
 
 func (x *InstanceStatus) Reset() {
 	*x = InstanceStatus{}
-	mi := &file_admin_proto_msgTypes[20]
+	mi := &file_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1320,7 +1441,7 @@ func (x *InstanceStatus) String() string {
 func (*InstanceStatus) ProtoMessage() {}
 
 func (x *InstanceStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[20]
+	mi := &file_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1333,7 +1454,7 @@ func (x *InstanceStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstanceStatus.ProtoReflect.Descriptor instead.
 func (*InstanceStatus) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{20}
+	return file_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *InstanceStatus) GetInstance() string {
@@ -1405,7 +1526,7 @@ type ExplainRequest struct {
 
 func (x *ExplainRequest) Reset() {
 	*x = ExplainRequest{}
-	mi := &file_admin_proto_msgTypes[21]
+	mi := &file_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1417,7 +1538,7 @@ func (x *ExplainRequest) String() string {
 func (*ExplainRequest) ProtoMessage() {}
 
 func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[21]
+	mi := &file_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1430,7 +1551,7 @@ func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
 func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{21}
+	return file_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ExplainRequest) GetFrom() string {
@@ -1505,7 +1626,7 @@ type ExplainResponse struct {
 
 func (x *ExplainResponse) Reset() {
 	*x = ExplainResponse{}
-	mi := &file_admin_proto_msgTypes[22]
+	mi := &file_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1517,7 +1638,7 @@ func (x *ExplainResponse) String() string {
 func (*ExplainResponse) ProtoMessage() {}
 
 func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[22]
+	mi := &file_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1530,7 +1651,7 @@ func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
 func (*ExplainResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{22}
+	return file_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ExplainResponse) GetExplanations() []*Explanation {
@@ -1567,7 +1688,7 @@ type Explanation struct {
 
 func (x *Explanation) Reset() {
 	*x = Explanation{}
-	mi := &file_admin_proto_msgTypes[23]
+	mi := &file_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1579,7 +1700,7 @@ func (x *Explanation) String() string {
 func (*Explanation) ProtoMessage() {}
 
 func (x *Explanation) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[23]
+	mi := &file_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1592,7 +1713,7 @@ func (x *Explanation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Explanation.ProtoReflect.Descriptor instead.
 func (*Explanation) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{23}
+	return file_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Explanation) GetFrom() string {
@@ -1713,7 +1834,7 @@ type FlowsRequest struct {
 
 func (x *FlowsRequest) Reset() {
 	*x = FlowsRequest{}
-	mi := &file_admin_proto_msgTypes[24]
+	mi := &file_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1725,7 +1846,7 @@ func (x *FlowsRequest) String() string {
 func (*FlowsRequest) ProtoMessage() {}
 
 func (x *FlowsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[24]
+	mi := &file_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1738,7 +1859,7 @@ func (x *FlowsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlowsRequest.ProtoReflect.Descriptor instead.
 func (*FlowsRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{24}
+	return file_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *FlowsRequest) GetFollow() bool {
@@ -1788,7 +1909,7 @@ type FlowsResponse struct {
 
 func (x *FlowsResponse) Reset() {
 	*x = FlowsResponse{}
-	mi := &file_admin_proto_msgTypes[25]
+	mi := &file_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1800,7 +1921,7 @@ func (x *FlowsResponse) String() string {
 func (*FlowsResponse) ProtoMessage() {}
 
 func (x *FlowsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[25]
+	mi := &file_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1813,7 +1934,7 @@ func (x *FlowsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlowsResponse.ProtoReflect.Descriptor instead.
 func (*FlowsResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{25}
+	return file_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *FlowsResponse) GetFlow() []byte {
@@ -1839,7 +1960,7 @@ type IdentitiesRequest struct {
 
 func (x *IdentitiesRequest) Reset() {
 	*x = IdentitiesRequest{}
-	mi := &file_admin_proto_msgTypes[26]
+	mi := &file_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1851,7 +1972,7 @@ func (x *IdentitiesRequest) String() string {
 func (*IdentitiesRequest) ProtoMessage() {}
 
 func (x *IdentitiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[26]
+	mi := &file_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1864,7 +1985,7 @@ func (x *IdentitiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IdentitiesRequest.ProtoReflect.Descriptor instead.
 func (*IdentitiesRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{26}
+	return file_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *IdentitiesRequest) GetWorkload() string {
@@ -1884,7 +2005,7 @@ type IdentitiesResponse struct {
 
 func (x *IdentitiesResponse) Reset() {
 	*x = IdentitiesResponse{}
-	mi := &file_admin_proto_msgTypes[27]
+	mi := &file_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1896,7 +2017,7 @@ func (x *IdentitiesResponse) String() string {
 func (*IdentitiesResponse) ProtoMessage() {}
 
 func (x *IdentitiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[27]
+	mi := &file_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1909,7 +2030,7 @@ func (x *IdentitiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IdentitiesResponse.ProtoReflect.Descriptor instead.
 func (*IdentitiesResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{27}
+	return file_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *IdentitiesResponse) GetIdentities() []*Identity {
@@ -1947,7 +2068,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_admin_proto_msgTypes[28]
+	mi := &file_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1959,7 +2080,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[28]
+	mi := &file_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1972,7 +2093,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{28}
+	return file_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Identity) GetSpiffeId() string {
@@ -2075,7 +2196,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_admin_proto_msgTypes[29]
+	mi := &file_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2087,7 +2208,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[29]
+	mi := &file_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2100,7 +2221,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{29}
+	return file_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Revocation) GetSubject() string {
@@ -2163,7 +2284,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_admin_proto_msgTypes[30]
+	mi := &file_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2175,7 +2296,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[30]
+	mi := &file_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2188,7 +2309,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{30}
+	return file_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RevokeRequest) GetSubject() string {
@@ -2225,7 +2346,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_admin_proto_msgTypes[31]
+	mi := &file_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2237,7 +2358,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[31]
+	mi := &file_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2250,7 +2371,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{31}
+	return file_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RevokeResponse) GetList() string {
@@ -2299,7 +2420,7 @@ type BanRequest struct {
 
 func (x *BanRequest) Reset() {
 	*x = BanRequest{}
-	mi := &file_admin_proto_msgTypes[32]
+	mi := &file_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2311,7 +2432,7 @@ func (x *BanRequest) String() string {
 func (*BanRequest) ProtoMessage() {}
 
 func (x *BanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[32]
+	mi := &file_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2324,7 +2445,7 @@ func (x *BanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanRequest.ProtoReflect.Descriptor instead.
 func (*BanRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{32}
+	return file_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *BanRequest) GetNode() string {
@@ -2362,7 +2483,7 @@ type ExplainIdentityRequest struct {
 
 func (x *ExplainIdentityRequest) Reset() {
 	*x = ExplainIdentityRequest{}
-	mi := &file_admin_proto_msgTypes[33]
+	mi := &file_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2374,7 +2495,7 @@ func (x *ExplainIdentityRequest) String() string {
 func (*ExplainIdentityRequest) ProtoMessage() {}
 
 func (x *ExplainIdentityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[33]
+	mi := &file_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2387,7 +2508,7 @@ func (x *ExplainIdentityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainIdentityRequest.ProtoReflect.Descriptor instead.
 func (*ExplainIdentityRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{33}
+	return file_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ExplainIdentityRequest) GetKind() string {
@@ -2437,7 +2558,7 @@ type ExplainIdentityResponse struct {
 
 func (x *ExplainIdentityResponse) Reset() {
 	*x = ExplainIdentityResponse{}
-	mi := &file_admin_proto_msgTypes[34]
+	mi := &file_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2449,7 +2570,7 @@ func (x *ExplainIdentityResponse) String() string {
 func (*ExplainIdentityResponse) ProtoMessage() {}
 
 func (x *ExplainIdentityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[34]
+	mi := &file_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2462,7 +2583,7 @@ func (x *ExplainIdentityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainIdentityResponse.ProtoReflect.Descriptor instead.
 func (*ExplainIdentityResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{34}
+	return file_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ExplainIdentityResponse) GetKind() string {
@@ -2507,7 +2628,7 @@ type IdentityMatch struct {
 
 func (x *IdentityMatch) Reset() {
 	*x = IdentityMatch{}
-	mi := &file_admin_proto_msgTypes[35]
+	mi := &file_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2519,7 +2640,7 @@ func (x *IdentityMatch) String() string {
 func (*IdentityMatch) ProtoMessage() {}
 
 func (x *IdentityMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[35]
+	mi := &file_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2532,7 +2653,7 @@ func (x *IdentityMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IdentityMatch.ProtoReflect.Descriptor instead.
 func (*IdentityMatch) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{35}
+	return file_admin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *IdentityMatch) GetWorkload() string {
@@ -2586,7 +2707,7 @@ type TaintRequest struct {
 
 func (x *TaintRequest) Reset() {
 	*x = TaintRequest{}
-	mi := &file_admin_proto_msgTypes[36]
+	mi := &file_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2598,7 +2719,7 @@ func (x *TaintRequest) String() string {
 func (*TaintRequest) ProtoMessage() {}
 
 func (x *TaintRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[36]
+	mi := &file_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2611,7 +2732,7 @@ func (x *TaintRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintRequest.ProtoReflect.Descriptor instead.
 func (*TaintRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{36}
+	return file_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *TaintRequest) GetAuthority() string {
@@ -2631,7 +2752,7 @@ type TaintResponse struct {
 
 func (x *TaintResponse) Reset() {
 	*x = TaintResponse{}
-	mi := &file_admin_proto_msgTypes[37]
+	mi := &file_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2643,7 +2764,7 @@ func (x *TaintResponse) String() string {
 func (*TaintResponse) ProtoMessage() {}
 
 func (x *TaintResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[37]
+	mi := &file_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2656,7 +2777,7 @@ func (x *TaintResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintResponse.ProtoReflect.Descriptor instead.
 func (*TaintResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{37}
+	return file_admin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *TaintResponse) GetAuthority() string {
@@ -2682,7 +2803,7 @@ type TrustBundleRequest struct {
 
 func (x *TrustBundleRequest) Reset() {
 	*x = TrustBundleRequest{}
-	mi := &file_admin_proto_msgTypes[38]
+	mi := &file_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2694,7 +2815,7 @@ func (x *TrustBundleRequest) String() string {
 func (*TrustBundleRequest) ProtoMessage() {}
 
 func (x *TrustBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[38]
+	mi := &file_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2707,7 +2828,7 @@ func (x *TrustBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundleRequest.ProtoReflect.Descriptor instead.
 func (*TrustBundleRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{38}
+	return file_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *TrustBundleRequest) GetTrustDomain() string {
@@ -2727,7 +2848,7 @@ type TrustBundleResponse struct {
 
 func (x *TrustBundleResponse) Reset() {
 	*x = TrustBundleResponse{}
-	mi := &file_admin_proto_msgTypes[39]
+	mi := &file_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2739,7 +2860,7 @@ func (x *TrustBundleResponse) String() string {
 func (*TrustBundleResponse) ProtoMessage() {}
 
 func (x *TrustBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[39]
+	mi := &file_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2752,7 +2873,7 @@ func (x *TrustBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundleResponse.ProtoReflect.Descriptor instead.
 func (*TrustBundleResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{39}
+	return file_admin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *TrustBundleResponse) GetTrustDomain() string {
@@ -2835,7 +2956,7 @@ const file_admin_proto_rawDesc = "" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x124\n" +
 	"\aexpires\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12\x1b\n" +
 	"\tspiffe_id\x18\x03 \x01(\tR\bspiffeId\"\x0f\n" +
-	"\rStatusRequest\"\x94\x03\n" +
+	"\rStatusRequest\"\xc2\x03\n" +
 	"\x0eStatusResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\tR\brevision\x12\x18\n" +
@@ -2845,7 +2966,19 @@ const file_admin_proto_rawDesc = "" +
 	"\tworkloads\x18\x06 \x03(\v2\x1c.sallyport.v1.WorkloadStatusR\tworkloads\x12#\n" +
 	"\rpolicy_source\x18\a \x01(\tR\fpolicySource\x129\n" +
 	"\vauthorities\x18\b \x03(\v2\x17.sallyport.v1.AuthorityR\vauthorities\x12;\n" +
-	"\tfederated\x18\t \x03(\v2\x1d.sallyport.v1.FederatedDomainR\tfederated\"\xdb\x01\n" +
+	"\tfederated\x18\t \x03(\v2\x1d.sallyport.v1.FederatedDomainR\tfederated\x12,\n" +
+	"\x05doors\x18\n" +
+	" \x03(\v2\x16.sallyport.v1.OpenDoorR\x05doors\"\xaf\x02\n" +
+	"\bOpenDoor\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\blocation\x18\x02 \x01(\tR\blocation\x12\x0e\n" +
+	"\x02to\x18\x03 \x03(\tR\x02to\x120\n" +
+	"\x05until\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x14\n" +
+	"\x05actor\x18\x05 \x01(\tR\x05actor\x12\x1a\n" +
+	"\brevision\x18\x06 \x01(\tR\brevision\x122\n" +
+	"\x06opened\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x06opened\x12\x12\n" +
+	"\x04used\x18\b \x01(\x04R\x04used\x127\n" +
+	"\tlast_used\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\blastUsed\"\xdb\x01\n" +
 	"\x0fFederatedDomain\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x18\n" +
 	"\aprofile\x18\x02 \x01(\tR\aprofile\x12\x10\n" +
@@ -3024,7 +3157,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
 var file_admin_proto_goTypes = []any{
 	(*Set)(nil),                     // 0: sallyport.v1.Set
 	(*ApplyRequest)(nil),            // 1: sallyport.v1.ApplyRequest
@@ -3043,111 +3176,116 @@ var file_admin_proto_goTypes = []any{
 	(*CreateTokenResponse)(nil),     // 14: sallyport.v1.CreateTokenResponse
 	(*StatusRequest)(nil),           // 15: sallyport.v1.StatusRequest
 	(*StatusResponse)(nil),          // 16: sallyport.v1.StatusResponse
-	(*FederatedDomain)(nil),         // 17: sallyport.v1.FederatedDomain
-	(*Authority)(nil),               // 18: sallyport.v1.Authority
-	(*WorkloadStatus)(nil),          // 19: sallyport.v1.WorkloadStatus
-	(*InstanceStatus)(nil),          // 20: sallyport.v1.InstanceStatus
-	(*ExplainRequest)(nil),          // 21: sallyport.v1.ExplainRequest
-	(*ExplainResponse)(nil),         // 22: sallyport.v1.ExplainResponse
-	(*Explanation)(nil),             // 23: sallyport.v1.Explanation
-	(*FlowsRequest)(nil),            // 24: sallyport.v1.FlowsRequest
-	(*FlowsResponse)(nil),           // 25: sallyport.v1.FlowsResponse
-	(*IdentitiesRequest)(nil),       // 26: sallyport.v1.IdentitiesRequest
-	(*IdentitiesResponse)(nil),      // 27: sallyport.v1.IdentitiesResponse
-	(*Identity)(nil),                // 28: sallyport.v1.Identity
-	(*Revocation)(nil),              // 29: sallyport.v1.Revocation
-	(*RevokeRequest)(nil),           // 30: sallyport.v1.RevokeRequest
-	(*RevokeResponse)(nil),          // 31: sallyport.v1.RevokeResponse
-	(*BanRequest)(nil),              // 32: sallyport.v1.BanRequest
-	(*ExplainIdentityRequest)(nil),  // 33: sallyport.v1.ExplainIdentityRequest
-	(*ExplainIdentityResponse)(nil), // 34: sallyport.v1.ExplainIdentityResponse
-	(*IdentityMatch)(nil),           // 35: sallyport.v1.IdentityMatch
-	(*TaintRequest)(nil),            // 36: sallyport.v1.TaintRequest
-	(*TaintResponse)(nil),           // 37: sallyport.v1.TaintResponse
-	(*TrustBundleRequest)(nil),      // 38: sallyport.v1.TrustBundleRequest
-	(*TrustBundleResponse)(nil),     // 39: sallyport.v1.TrustBundleResponse
-	nil,                             // 40: sallyport.v1.Set.FilesEntry
-	nil,                             // 41: sallyport.v1.ExplainIdentityRequest.SelectorsEntry
-	nil,                             // 42: sallyport.v1.ExplainIdentityResponse.SelectorsEntry
-	(*durationpb.Duration)(nil),     // 43: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),   // 44: google.protobuf.Timestamp
-	(*Values)(nil),                  // 45: sallyport.v1.Values
+	(*OpenDoor)(nil),                // 17: sallyport.v1.OpenDoor
+	(*FederatedDomain)(nil),         // 18: sallyport.v1.FederatedDomain
+	(*Authority)(nil),               // 19: sallyport.v1.Authority
+	(*WorkloadStatus)(nil),          // 20: sallyport.v1.WorkloadStatus
+	(*InstanceStatus)(nil),          // 21: sallyport.v1.InstanceStatus
+	(*ExplainRequest)(nil),          // 22: sallyport.v1.ExplainRequest
+	(*ExplainResponse)(nil),         // 23: sallyport.v1.ExplainResponse
+	(*Explanation)(nil),             // 24: sallyport.v1.Explanation
+	(*FlowsRequest)(nil),            // 25: sallyport.v1.FlowsRequest
+	(*FlowsResponse)(nil),           // 26: sallyport.v1.FlowsResponse
+	(*IdentitiesRequest)(nil),       // 27: sallyport.v1.IdentitiesRequest
+	(*IdentitiesResponse)(nil),      // 28: sallyport.v1.IdentitiesResponse
+	(*Identity)(nil),                // 29: sallyport.v1.Identity
+	(*Revocation)(nil),              // 30: sallyport.v1.Revocation
+	(*RevokeRequest)(nil),           // 31: sallyport.v1.RevokeRequest
+	(*RevokeResponse)(nil),          // 32: sallyport.v1.RevokeResponse
+	(*BanRequest)(nil),              // 33: sallyport.v1.BanRequest
+	(*ExplainIdentityRequest)(nil),  // 34: sallyport.v1.ExplainIdentityRequest
+	(*ExplainIdentityResponse)(nil), // 35: sallyport.v1.ExplainIdentityResponse
+	(*IdentityMatch)(nil),           // 36: sallyport.v1.IdentityMatch
+	(*TaintRequest)(nil),            // 37: sallyport.v1.TaintRequest
+	(*TaintResponse)(nil),           // 38: sallyport.v1.TaintResponse
+	(*TrustBundleRequest)(nil),      // 39: sallyport.v1.TrustBundleRequest
+	(*TrustBundleResponse)(nil),     // 40: sallyport.v1.TrustBundleResponse
+	nil,                             // 41: sallyport.v1.Set.FilesEntry
+	nil,                             // 42: sallyport.v1.ExplainIdentityRequest.SelectorsEntry
+	nil,                             // 43: sallyport.v1.ExplainIdentityResponse.SelectorsEntry
+	(*durationpb.Duration)(nil),     // 44: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),   // 45: google.protobuf.Timestamp
+	(*Values)(nil),                  // 46: sallyport.v1.Values
 }
 var file_admin_proto_depIdxs = []int32{
-	40, // 0: sallyport.v1.Set.files:type_name -> sallyport.v1.Set.FilesEntry
+	41, // 0: sallyport.v1.Set.files:type_name -> sallyport.v1.Set.FilesEntry
 	0,  // 1: sallyport.v1.ApplyRequest.sets:type_name -> sallyport.v1.Set
-	43, // 2: sallyport.v1.ApplyRequest.wait:type_name -> google.protobuf.Duration
-	43, // 3: sallyport.v1.RemoveSetRequest.wait:type_name -> google.protobuf.Duration
-	43, // 4: sallyport.v1.RollbackRequest.wait:type_name -> google.protobuf.Duration
+	44, // 2: sallyport.v1.ApplyRequest.wait:type_name -> google.protobuf.Duration
+	44, // 3: sallyport.v1.RemoveSetRequest.wait:type_name -> google.protobuf.Duration
+	44, // 4: sallyport.v1.RollbackRequest.wait:type_name -> google.protobuf.Duration
 	7,  // 5: sallyport.v1.HistoryResponse.revisions:type_name -> sallyport.v1.Revision
-	44, // 6: sallyport.v1.Revision.time:type_name -> google.protobuf.Timestamp
+	45, // 6: sallyport.v1.Revision.time:type_name -> google.protobuf.Timestamp
 	0,  // 7: sallyport.v1.FilesResponse.sets:type_name -> sallyport.v1.Set
 	12, // 8: sallyport.v1.AuditResponse.records:type_name -> sallyport.v1.AuditRecord
-	44, // 9: sallyport.v1.AuditRecord.time:type_name -> google.protobuf.Timestamp
-	43, // 10: sallyport.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	44, // 11: sallyport.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	44, // 12: sallyport.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	19, // 13: sallyport.v1.StatusResponse.workloads:type_name -> sallyport.v1.WorkloadStatus
-	18, // 14: sallyport.v1.StatusResponse.authorities:type_name -> sallyport.v1.Authority
-	17, // 15: sallyport.v1.StatusResponse.federated:type_name -> sallyport.v1.FederatedDomain
-	44, // 16: sallyport.v1.FederatedDomain.last_success:type_name -> google.protobuf.Timestamp
-	44, // 17: sallyport.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	20, // 18: sallyport.v1.WorkloadStatus.instances:type_name -> sallyport.v1.InstanceStatus
-	44, // 19: sallyport.v1.InstanceStatus.svid_expires:type_name -> google.protobuf.Timestamp
-	44, // 20: sallyport.v1.ExplainRequest.at:type_name -> google.protobuf.Timestamp
-	23, // 21: sallyport.v1.ExplainResponse.explanations:type_name -> sallyport.v1.Explanation
-	28, // 22: sallyport.v1.IdentitiesResponse.identities:type_name -> sallyport.v1.Identity
-	29, // 23: sallyport.v1.IdentitiesResponse.revocations:type_name -> sallyport.v1.Revocation
-	44, // 24: sallyport.v1.Identity.enrolled:type_name -> google.protobuf.Timestamp
-	44, // 25: sallyport.v1.Identity.expires:type_name -> google.protobuf.Timestamp
-	44, // 26: sallyport.v1.Revocation.since:type_name -> google.protobuf.Timestamp
-	44, // 27: sallyport.v1.Revocation.until:type_name -> google.protobuf.Timestamp
-	43, // 28: sallyport.v1.RevokeRequest.wait:type_name -> google.protobuf.Duration
-	43, // 29: sallyport.v1.BanRequest.wait:type_name -> google.protobuf.Duration
-	41, // 30: sallyport.v1.ExplainIdentityRequest.selectors:type_name -> sallyport.v1.ExplainIdentityRequest.SelectorsEntry
-	42, // 31: sallyport.v1.ExplainIdentityResponse.selectors:type_name -> sallyport.v1.ExplainIdentityResponse.SelectorsEntry
-	35, // 32: sallyport.v1.ExplainIdentityResponse.matches:type_name -> sallyport.v1.IdentityMatch
-	45, // 33: sallyport.v1.ExplainIdentityRequest.SelectorsEntry.value:type_name -> sallyport.v1.Values
-	45, // 34: sallyport.v1.ExplainIdentityResponse.SelectorsEntry.value:type_name -> sallyport.v1.Values
-	1,  // 35: sallyport.v1.Admin.Apply:input_type -> sallyport.v1.ApplyRequest
-	2,  // 36: sallyport.v1.Admin.RemoveSet:input_type -> sallyport.v1.RemoveSetRequest
-	3,  // 37: sallyport.v1.Admin.Rollback:input_type -> sallyport.v1.RollbackRequest
-	5,  // 38: sallyport.v1.Admin.History:input_type -> sallyport.v1.HistoryRequest
-	8,  // 39: sallyport.v1.Admin.Files:input_type -> sallyport.v1.FilesRequest
-	10, // 40: sallyport.v1.Admin.Audit:input_type -> sallyport.v1.AuditRequest
-	13, // 41: sallyport.v1.Admin.CreateToken:input_type -> sallyport.v1.CreateTokenRequest
-	15, // 42: sallyport.v1.Admin.Status:input_type -> sallyport.v1.StatusRequest
-	21, // 43: sallyport.v1.Admin.Explain:input_type -> sallyport.v1.ExplainRequest
-	24, // 44: sallyport.v1.Admin.Flows:input_type -> sallyport.v1.FlowsRequest
-	26, // 45: sallyport.v1.Admin.Identities:input_type -> sallyport.v1.IdentitiesRequest
-	30, // 46: sallyport.v1.Admin.Revoke:input_type -> sallyport.v1.RevokeRequest
-	30, // 47: sallyport.v1.Admin.Unrevoke:input_type -> sallyport.v1.RevokeRequest
-	32, // 48: sallyport.v1.Admin.Ban:input_type -> sallyport.v1.BanRequest
-	33, // 49: sallyport.v1.Admin.ExplainIdentity:input_type -> sallyport.v1.ExplainIdentityRequest
-	36, // 50: sallyport.v1.Admin.Taint:input_type -> sallyport.v1.TaintRequest
-	38, // 51: sallyport.v1.Admin.TrustBundle:input_type -> sallyport.v1.TrustBundleRequest
-	4,  // 52: sallyport.v1.Admin.Apply:output_type -> sallyport.v1.ApplyResponse
-	4,  // 53: sallyport.v1.Admin.RemoveSet:output_type -> sallyport.v1.ApplyResponse
-	4,  // 54: sallyport.v1.Admin.Rollback:output_type -> sallyport.v1.ApplyResponse
-	6,  // 55: sallyport.v1.Admin.History:output_type -> sallyport.v1.HistoryResponse
-	9,  // 56: sallyport.v1.Admin.Files:output_type -> sallyport.v1.FilesResponse
-	11, // 57: sallyport.v1.Admin.Audit:output_type -> sallyport.v1.AuditResponse
-	14, // 58: sallyport.v1.Admin.CreateToken:output_type -> sallyport.v1.CreateTokenResponse
-	16, // 59: sallyport.v1.Admin.Status:output_type -> sallyport.v1.StatusResponse
-	22, // 60: sallyport.v1.Admin.Explain:output_type -> sallyport.v1.ExplainResponse
-	25, // 61: sallyport.v1.Admin.Flows:output_type -> sallyport.v1.FlowsResponse
-	27, // 62: sallyport.v1.Admin.Identities:output_type -> sallyport.v1.IdentitiesResponse
-	31, // 63: sallyport.v1.Admin.Revoke:output_type -> sallyport.v1.RevokeResponse
-	31, // 64: sallyport.v1.Admin.Unrevoke:output_type -> sallyport.v1.RevokeResponse
-	31, // 65: sallyport.v1.Admin.Ban:output_type -> sallyport.v1.RevokeResponse
-	34, // 66: sallyport.v1.Admin.ExplainIdentity:output_type -> sallyport.v1.ExplainIdentityResponse
-	37, // 67: sallyport.v1.Admin.Taint:output_type -> sallyport.v1.TaintResponse
-	39, // 68: sallyport.v1.Admin.TrustBundle:output_type -> sallyport.v1.TrustBundleResponse
-	52, // [52:69] is the sub-list for method output_type
-	35, // [35:52] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	45, // 9: sallyport.v1.AuditRecord.time:type_name -> google.protobuf.Timestamp
+	44, // 10: sallyport.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	45, // 11: sallyport.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	45, // 12: sallyport.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	20, // 13: sallyport.v1.StatusResponse.workloads:type_name -> sallyport.v1.WorkloadStatus
+	19, // 14: sallyport.v1.StatusResponse.authorities:type_name -> sallyport.v1.Authority
+	18, // 15: sallyport.v1.StatusResponse.federated:type_name -> sallyport.v1.FederatedDomain
+	17, // 16: sallyport.v1.StatusResponse.doors:type_name -> sallyport.v1.OpenDoor
+	45, // 17: sallyport.v1.OpenDoor.until:type_name -> google.protobuf.Timestamp
+	45, // 18: sallyport.v1.OpenDoor.opened:type_name -> google.protobuf.Timestamp
+	45, // 19: sallyport.v1.OpenDoor.last_used:type_name -> google.protobuf.Timestamp
+	45, // 20: sallyport.v1.FederatedDomain.last_success:type_name -> google.protobuf.Timestamp
+	45, // 21: sallyport.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	21, // 22: sallyport.v1.WorkloadStatus.instances:type_name -> sallyport.v1.InstanceStatus
+	45, // 23: sallyport.v1.InstanceStatus.svid_expires:type_name -> google.protobuf.Timestamp
+	45, // 24: sallyport.v1.ExplainRequest.at:type_name -> google.protobuf.Timestamp
+	24, // 25: sallyport.v1.ExplainResponse.explanations:type_name -> sallyport.v1.Explanation
+	29, // 26: sallyport.v1.IdentitiesResponse.identities:type_name -> sallyport.v1.Identity
+	30, // 27: sallyport.v1.IdentitiesResponse.revocations:type_name -> sallyport.v1.Revocation
+	45, // 28: sallyport.v1.Identity.enrolled:type_name -> google.protobuf.Timestamp
+	45, // 29: sallyport.v1.Identity.expires:type_name -> google.protobuf.Timestamp
+	45, // 30: sallyport.v1.Revocation.since:type_name -> google.protobuf.Timestamp
+	45, // 31: sallyport.v1.Revocation.until:type_name -> google.protobuf.Timestamp
+	44, // 32: sallyport.v1.RevokeRequest.wait:type_name -> google.protobuf.Duration
+	44, // 33: sallyport.v1.BanRequest.wait:type_name -> google.protobuf.Duration
+	42, // 34: sallyport.v1.ExplainIdentityRequest.selectors:type_name -> sallyport.v1.ExplainIdentityRequest.SelectorsEntry
+	43, // 35: sallyport.v1.ExplainIdentityResponse.selectors:type_name -> sallyport.v1.ExplainIdentityResponse.SelectorsEntry
+	36, // 36: sallyport.v1.ExplainIdentityResponse.matches:type_name -> sallyport.v1.IdentityMatch
+	46, // 37: sallyport.v1.ExplainIdentityRequest.SelectorsEntry.value:type_name -> sallyport.v1.Values
+	46, // 38: sallyport.v1.ExplainIdentityResponse.SelectorsEntry.value:type_name -> sallyport.v1.Values
+	1,  // 39: sallyport.v1.Admin.Apply:input_type -> sallyport.v1.ApplyRequest
+	2,  // 40: sallyport.v1.Admin.RemoveSet:input_type -> sallyport.v1.RemoveSetRequest
+	3,  // 41: sallyport.v1.Admin.Rollback:input_type -> sallyport.v1.RollbackRequest
+	5,  // 42: sallyport.v1.Admin.History:input_type -> sallyport.v1.HistoryRequest
+	8,  // 43: sallyport.v1.Admin.Files:input_type -> sallyport.v1.FilesRequest
+	10, // 44: sallyport.v1.Admin.Audit:input_type -> sallyport.v1.AuditRequest
+	13, // 45: sallyport.v1.Admin.CreateToken:input_type -> sallyport.v1.CreateTokenRequest
+	15, // 46: sallyport.v1.Admin.Status:input_type -> sallyport.v1.StatusRequest
+	22, // 47: sallyport.v1.Admin.Explain:input_type -> sallyport.v1.ExplainRequest
+	25, // 48: sallyport.v1.Admin.Flows:input_type -> sallyport.v1.FlowsRequest
+	27, // 49: sallyport.v1.Admin.Identities:input_type -> sallyport.v1.IdentitiesRequest
+	31, // 50: sallyport.v1.Admin.Revoke:input_type -> sallyport.v1.RevokeRequest
+	31, // 51: sallyport.v1.Admin.Unrevoke:input_type -> sallyport.v1.RevokeRequest
+	33, // 52: sallyport.v1.Admin.Ban:input_type -> sallyport.v1.BanRequest
+	34, // 53: sallyport.v1.Admin.ExplainIdentity:input_type -> sallyport.v1.ExplainIdentityRequest
+	37, // 54: sallyport.v1.Admin.Taint:input_type -> sallyport.v1.TaintRequest
+	39, // 55: sallyport.v1.Admin.TrustBundle:input_type -> sallyport.v1.TrustBundleRequest
+	4,  // 56: sallyport.v1.Admin.Apply:output_type -> sallyport.v1.ApplyResponse
+	4,  // 57: sallyport.v1.Admin.RemoveSet:output_type -> sallyport.v1.ApplyResponse
+	4,  // 58: sallyport.v1.Admin.Rollback:output_type -> sallyport.v1.ApplyResponse
+	6,  // 59: sallyport.v1.Admin.History:output_type -> sallyport.v1.HistoryResponse
+	9,  // 60: sallyport.v1.Admin.Files:output_type -> sallyport.v1.FilesResponse
+	11, // 61: sallyport.v1.Admin.Audit:output_type -> sallyport.v1.AuditResponse
+	14, // 62: sallyport.v1.Admin.CreateToken:output_type -> sallyport.v1.CreateTokenResponse
+	16, // 63: sallyport.v1.Admin.Status:output_type -> sallyport.v1.StatusResponse
+	23, // 64: sallyport.v1.Admin.Explain:output_type -> sallyport.v1.ExplainResponse
+	26, // 65: sallyport.v1.Admin.Flows:output_type -> sallyport.v1.FlowsResponse
+	28, // 66: sallyport.v1.Admin.Identities:output_type -> sallyport.v1.IdentitiesResponse
+	32, // 67: sallyport.v1.Admin.Revoke:output_type -> sallyport.v1.RevokeResponse
+	32, // 68: sallyport.v1.Admin.Unrevoke:output_type -> sallyport.v1.RevokeResponse
+	32, // 69: sallyport.v1.Admin.Ban:output_type -> sallyport.v1.RevokeResponse
+	35, // 70: sallyport.v1.Admin.ExplainIdentity:output_type -> sallyport.v1.ExplainIdentityResponse
+	38, // 71: sallyport.v1.Admin.Taint:output_type -> sallyport.v1.TaintResponse
+	40, // 72: sallyport.v1.Admin.TrustBundle:output_type -> sallyport.v1.TrustBundleResponse
+	56, // [56:73] is the sub-list for method output_type
+	39, // [39:56] is the sub-list for method input_type
+	39, // [39:39] is the sub-list for extension type_name
+	39, // [39:39] is the sub-list for extension extendee
+	0,  // [0:39] is the sub-list for field type_name
 }
 
 func init() { file_admin_proto_init() }
@@ -3162,7 +3300,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   43,
+			NumMessages:   44,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
