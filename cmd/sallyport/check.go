@@ -18,10 +18,11 @@ rules that can never match, allows that denies take away wholly, rules that anot
 one covers, labels that no selector names, windows of time that are over, and ports
 that no rule allows anybody to reach.
 
+The folder may be live, live@REVISION or git:REVISION:FOLDER, as in policy diff.
 Warnings go to stderr; with --output json they are part of the answer. With --strict
 the exit code is 1 if there are any.`,
-		RunE: func(_ *cobra.Command, args []string) error {
-			rules, sets, err := load(args[0], *trustDomain)
+		RunE: func(cmd *cobra.Command, args []string) error {
+			rules, sets, err := c.loadSets(cmd.Context(), args[0], *trustDomain)
 			if err != nil {
 				return err
 			}

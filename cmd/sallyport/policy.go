@@ -27,11 +27,18 @@ func (c *cli) policy() *cobra.Command {
 force (live), a revision that was applied (live@1.42), or a folder as a git revision
 has it (git:REVISION:FOLDER).`,
 			RunE: func(cmd *cobra.Command, args []string) error {
-				before, err := c.loadSide(cmd.Context(), args[0], trustDomain)
+				domain := trustDomain // both sides are read in the same one
+				for _, side := range args {
+					var err error
+					if domain, err = c.sideDomain(cmd.Context(), side, domain); err != nil {
+						return err
+					}
+				}
+				before, err := c.loadSide(cmd.Context(), args[0], domain)
 				if err != nil {
 					return err
 				}
-				after, err := c.loadSide(cmd.Context(), args[1], trustDomain)
+				after, err := c.loadSide(cmd.Context(), args[1], domain)
 				if err != nil {
 					return err
 				}

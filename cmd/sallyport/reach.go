@@ -36,11 +36,7 @@ git:REVISION:FOLDER. --dot prints a graph for Graphviz instead of a table.`,
 			if len(args) > 0 {
 				side = args[0]
 			}
-			domain, err := c.sideDomain(cmd.Context(), side, *trustDomain)
-			if err != nil {
-				return err
-			}
-			rules, err := c.loadSide(cmd.Context(), side, domain)
+			rules, err := c.loadSide(cmd.Context(), side, *trustDomain)
 			if err != nil {
 				return err
 			}

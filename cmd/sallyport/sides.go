@@ -31,6 +31,10 @@ func (c *cli) loadSide(ctx context.Context, name, trustDomain string) (*policy.R
 func (c *cli) loadSets(ctx context.Context, name, trustDomain string) (*policy.Ruleset, []*policy.Set, error) {
 	var sets []*policy.Set
 	var err error
+	trustDomain, err = c.sideDomain(ctx, name, trustDomain)
+	if err != nil {
+		return nil, nil, err
+	}
 	revision, named := strings.CutPrefix(name, "live@")
 	rest, isGit := strings.CutPrefix(name, "git:")
 	switch {

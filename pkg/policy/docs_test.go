@@ -25,7 +25,7 @@ func TestDocs(t *testing.T) {
 	}
 	stories, err := filepath.Glob("testdata/stories/*.txtar")
 	require.NoError(t, err)
-	told := testNames(t, ".", "../../internal/catalog", "../../cmd/sallyport", "../../internal/meshtest")
+	told := testNames(t, ".", "../../internal/catalog", "../../cmd/sallyport", "../../internal/meshtest", "../../test/e2e")
 	for _, path := range stories {
 		name := strings.TrimSuffix(filepath.Base(path), ".txtar")
 		told[name] = true
