@@ -1,7 +1,6 @@
 package policy
 
 import (
-	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -17,7 +16,8 @@ type identities struct {
 	uses    map[string]map[string]place
 	parties [2][]*Party           // those that exist, templates apart
 	longest int                   // segments of the longest ID that some pattern spells out
-	fresh   [2]string             // a segment that nobody wrote
+	fresh   [2]string             // a segment that nobody wrote …
+	short   [2]string             // … and a short one
 	number  uint16                // a port that nobody wrote
 	port    string                // the same
 	denied  [2]map[[2]string]bool // :: label that a deny's from, or to, names
@@ -95,18 +95,12 @@ func (p *prover) gather() {
 	}
 	for i, name := range freshNames {
 		p.fresh[i] = unused(name, segments)
+		p.short[i] = shortest(segments)
+		segments[p.short[i]] = true
 	}
 	p.port = unused("any-port", names)
 	for p.number = 65535; numbers[p.number]; p.number-- {
 	}
-}
-
-// unused gives a name that is not taken.
-func unused(name string, taken map[string]bool) string {
-	for n := 2; taken[name]; n++ {
-		name = fmt.Sprintf("%s-%d", strings.TrimRight(name, "-0123456789"), n)
-	}
-	return name
 }
 
 // both gives who a selector of a rule and one of an invariant both pick: all that
@@ -126,12 +120,40 @@ func (x *identities) both(rule, never chooser, e end) ([]*Party, bool) {
 		}
 	}
 	for i := x.c.exactN; i < x.c.realN; i++ {
-		if p := x.ofTemplate(x.c.workloads[i], rule, never, e); p != nil {
-			out = append(out, p)
+		for _, w := range x.byEvidence(x.c.workloads[i]) {
+			if p := x.ofTemplate(w, rule, never, e); p != nil {
+				out = append(out, p)
+			}
 		}
 	}
 	out = append(out, x.couldExist(rule, never, e)...)
 	return out, len(out) <= maxParties
+}
+
+// byEvidence gives a template once for each entry of its evidence, with the IDs that
+// such evidence can fill in: where the entry asks for a value, no other one comes.
+func (x *identities) byEvidence(w CompiledWorkload) []CompiledWorkload {
+	if len(w.Attest) == 0 {
+		return []CompiledWorkload{w}
+	}
+	var out []CompiledWorkload
+	for _, a := range w.Attest {
+		segs := strings.Split(w.Workload.ID, "/")
+		for i, seg := range segs {
+			if name, ok := variable(seg); ok {
+				segs[i] = "*"
+				if v, fixed := a.Select[name]; fixed {
+					segs[i] = v
+				}
+			}
+		}
+		one := w
+		var err error
+		if one.Pattern, err = identity.ParsePattern(x.c.td.IDString() + strings.Join(segs, "/")); err == nil {
+			out = append(out, one) // else no ID can be made of such a value
+		}
+	}
+	return out
 }
 
 // ofTemplate gives an ID of a template that both selectors pick, and that others
@@ -165,14 +187,19 @@ func (x *identities) ofTemplate(w CompiledWorkload, rule, never chooser, e end) 
 // witness gives an ID of a vector without "**": where it has "*", a segment that
 // nobody wrote.
 func (x *identities) witness(v vector, e end) (spiffeid.ID, bool) {
-	segs := slices.Clone(v.segs)
-	for i, s := range segs {
-		if s == "*" {
-			segs[i] = x.fresh[e]
+	for _, fresh := range [2]string{x.fresh[e], x.short[e]} { // an ID has at most so many bytes
+		segs := slices.Clone(v.segs)
+		for i, s := range segs {
+			if s == "*" {
+				segs[i] = fresh
+			}
+		}
+		id, err := spiffeid.FromString(vector{td: v.td, segs: segs}.String())
+		if err == nil && len(id.String()) <= identity.MaxIDLength {
+			return id, true
 		}
 	}
-	id, err := spiffeid.FromString(vector{td: v.td, segs: segs}.String())
-	return id, err == nil && len(id.String()) <= identity.MaxIDLength
+	return spiffeid.ID{}, false
 }
 
 // couldExist gives identities that nobody defined and both selectors pick.
@@ -254,9 +281,34 @@ func (x *identities) zone(v vector, scope string, labels map[string]string, e en
 	}
 	var out []*Party
 	for _, l := range choices {
-		out = append(out, &Party{ID: id, Labels: l, base: labels, exact: exact})
+		if p := (&Party{ID: id, Labels: l, exact: exact}); x.beside(p) {
+			out = append(out, p)
+		}
 	}
 	return out
+}
+
+// beside reports whether the policies of all teams would stay within their Scopes if
+// somebody existed: none of them selects by label whom its Scope does not grant.
+func (x *identities) beside(p *Party) bool {
+	for _, s := range x.c.sets {
+		if s.Name == "" || len(p.Labels) == 0 {
+			continue
+		}
+		for _, pol := range s.Policies {
+			to := chooser{Selector: pol.To}
+			if len(pol.To.Labels) > 0 && to.selects(p) && !x.within(p.ID, s.Name) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// within reports whether the Scope of a set grants an ID.
+func (x *identities) within(id spiffeid.ID, set string) bool {
+	sc := x.c.scopes[set]
+	return sc != nil && slices.ContainsFunc(sc.ids, func(p identity.Pattern) bool { return p.Match(id) })
 }
 
 // free reports whether an identity with this ID could be defined, with labels.

@@ -86,7 +86,7 @@ func ImpactOf(rules *Ruleset, t time.Time, records []Observed) Impact {
 			seen[key] = true
 			now.match(o.Request, matched)
 		}
-		d := now.Decide(o.Request)
+		d := now.decideDeclared(o.Request)
 		if d.Effect == o.Effect {
 			out.Same += max(o.Count, 1)
 			continue
@@ -121,6 +121,21 @@ func ImpactOf(rules *Ruleset, t time.Time, records []Observed) Impact {
 	}
 	out.Unused = rules.unused(t, matched)
 	return out
+}
+
+// decideDeclared is Decide, but that nobody serves an ID that is no destination, or a
+// port that it does not declare: its sidecar refuses that, whatever the rules say.
+// Rules without workloads, as a sidecar has them, know of neither.
+func (r *Ruleset) decideDeclared(q Request) Decision {
+	if len(r.Workloads())+len(r.Templates()) == 0 {
+		return r.Decide(q)
+	}
+	if w, ok := r.Destination(q.Dst); !ok {
+		return Decision{}
+	} else if _, declared := w.Port(q.Port); !declared {
+		return Decision{}
+	}
+	return r.Decide(q)
 }
 
 // key is one text for all records that are decided alike.

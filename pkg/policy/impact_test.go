@@ -8,6 +8,7 @@ import (
 	"testing/fstest"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/stretchr/testify/require"
 	"pgregory.net/rapid"
 )
@@ -189,5 +190,45 @@ spec:
 	}
 	if strings.Contains(got, "127.0.0.1") {
 		t.Error("an address")
+	}
+}
+
+// A port that is declared no longer, or a workload that goes, refuses what came there,
+// whatever the rules say.
+func TestImpactOfWhatIsGone(t *testing.T) {
+	const files = `apiVersion: sallyport.dev/v1
+kind: Workload
+metadata: {name: web}
+spec: {ports: [{name: http, port: 80, protocol: http}]}
+---
+apiVersion: sallyport.dev/v1
+kind: Workload
+metadata: {name: cli}
+spec: {}
+---
+apiVersion: sallyport.dev/v1
+kind: Policy
+metadata: {name: p}
+spec: {to: {id: /**}, allow: [{from: [{workload: cli}], ports: [all]}]}
+`
+	web := spiffeid.RequireFromPath(td, "/web")
+	record := Observed{
+		Request: Request{Src: spiffeid.RequireFromPath(td, "/cli"), Dst: web, Port: 80}, Effect: Allow, Reporter: web,
+	}
+	for name, c := range map[string]struct {
+		from, to string
+		refused  int
+	}{
+		"as before":    {"", "", 0},
+		"another port": {"port: 80,", "port: 8081,", 1},
+		"another name": {"name: web}", "name: other}", 1},
+	} {
+		set, err := ParseFiles("", map[string][]byte{"a.yaml": []byte(strings.Replace(files, c.from, c.to, 1))})
+		require.NoError(t, err)
+		rs, err := Compile(td, []*Set{set})
+		require.NoError(t, err)
+		if i := ImpactOf(rs, time.Now(), []Observed{record}); len(i.Refused) != c.refused || i.Same != 1-c.refused {
+			t.Errorf("%s: got\n%s", name, i)
+		}
 	}
 }

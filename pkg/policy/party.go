@@ -1,7 +1,9 @@
 package policy
 
 import (
+	"fmt"
 	"maps"
+	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -16,8 +18,7 @@ type Party struct {
 	Exists bool              // a document defines it, by itself or as one of a template
 
 	ports []Port // declared
-	base  map[string]string
-	exact bool // of one that could exist: no other ID would do
+	exact bool   // of one that could exist: no other ID would do
 }
 
 // String names a party for people.
@@ -86,4 +87,25 @@ func (c *chooser) selects(p *Party) bool {
 // labels: they cannot both exist.
 func clash(a, b *Party) bool {
 	return !a.Exists && !b.Exists && !a.ID.IsZero() && a.ID == b.ID && !maps.Equal(a.Labels, b.Labels)
+}
+
+// unused gives a name that is not taken.
+func unused(name string, taken map[string]bool) string {
+	for n := 2; taken[name]; n++ {
+		name = fmt.Sprintf("%s-%d", strings.TrimRight(name, "-0123456789"), n)
+	}
+	return name
+}
+
+// shortest gives a segment of one character that is not taken, or of more if need be.
+func shortest(taken map[string]bool) string {
+	const letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_"
+	for _, first := range append([]string{""}, strings.Split(letters, "")...) {
+		for _, last := range letters {
+			if s := first + string(last); !taken[s] {
+				return s
+			}
+		}
+	}
+	return unused("any", taken)
 }

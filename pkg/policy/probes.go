@@ -89,7 +89,7 @@ func newProbes(matches []*HTTPMatch) probes {
 		out.dims = append(out.dims, dimension{names: names})
 		set = append(set, put)
 	}
-	methods := append(v.methods, "OTHER-METHOD")
+	methods := append(v.methods, otherThan("OTHER", v.methods))
 	dim(append(slices.Clone(v.methods), "other methods"), func(h *HTTPRequest, i int) { h.Method = methods[i] })
 	names := make([]string, len(paths))
 	for i, p := range paths {
@@ -97,7 +97,7 @@ func newProbes(matches []*HTTPMatch) probes {
 	}
 	dim(names, func(h *HTTPRequest, i int) { h.Path = paths[i].witness })
 	if len(v.hosts) > 0 {
-		hosts := append(v.hosts, "other-host.invalid")
+		hosts := append(v.hosts, otherThan("other.invalid", v.hosts))
 		dim(append(slices.Clone(v.hosts), "other hosts"), func(h *HTTPRequest, i int) { h.Host = hosts[i] })
 		out.say(append(slices.Clone(v.hosts), "hosts not "+strings.Join(v.hosts, " or ")))
 	}
@@ -131,6 +131,14 @@ func newProbes(matches []*HTTPMatch) probes {
 	}
 	out.fill(set)
 	return out
+}
+
+// otherThan gives a text that stands for all but these, and is none of them.
+func otherThan(text string, these []string) string {
+	for slices.Contains(these, text) {
+		text += "0"
+	}
+	return text
 }
 
 // fill makes the product, up to maxProbes.
@@ -219,7 +227,7 @@ type headerState struct {
 // headerStates tells apart what conditions can: absent, another value, one value
 // alone, several, each set of values beside another one.
 func headerStates(name string, values []string) []headerState {
-	const other = "other-value"
+	other := otherThan("other", values)
 	out := []headerState{{"without " + name, "without " + name, nil}, {"other " + name, onlyValues(name, nil, values, ""), []string{other}}}
 	for _, v := range values {
 		out = append(out, headerState{name + ": " + v, name + ": " + v, []string{v}})

@@ -312,8 +312,12 @@ func passesSometime(rs *Ruleset) outcomeOf {
 		}
 		ix := now.newIndex(anyDest)
 		conditions := ix.conditions(anySource, anyPort)
+		conn := ix.verdict(anySource, anyPort, nil)
+		if conn.deny != 0 { // of the whole connection
+			continue
+		}
 		if len(conditions) == 0 {
-			if ix.verdict(anySource, anyPort, nil).passes() {
+			if conn.passes() {
 				return outcomeOf{passes: true, at: t}
 			}
 			continue

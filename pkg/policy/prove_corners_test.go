@@ -34,6 +34,7 @@ spec: {}
 	}
 	policy := func(spec string) string { return doc("Policy", "p", spec) }
 	never := func(from, to string) string { return doc("Invariant", "v", "{never: {from: "+from+", to: "+to+"}}") }
+	long := "/" + strings.Repeat("a", 2048-len(td.IDString())-len("/")-len("/x"))
 	for name, c := range map[string]struct {
 		files string
 		want  string // in the proof; "" where the invariant holds
@@ -68,6 +69,20 @@ spec: {}
 		"an ID of ten segments": {
 			policy(`{to: {workload: one}, allow: [{from: [{id: /**}], ports: [p]}], deny: [{from: [{id: /*}, {id: /*/*}, {id: /*/*/*}], ports: [all]}]}`) +
 				never("{id: /**}", "{workload: one}"), "spiffe://shop.example/any-caller/any-caller/any-caller/any-caller"},
+		"a method that is called like others": {
+			policy(`{to: {workload: one}, allow: [{from: [{workload: two}], ports: [p]}], deny: [{from: [{workload: two}], ports: [p], http: [{methods: [OTHER]}, {hosts: [other.invalid]}, {headers: [{name: x-a, equals: other}]}]}]}`) +
+				never("{workload: two}", "{workload: one}"), "rule p"},
+		"an ID as long as one can be": {
+			policy(`{to: {workload: one}, allow: [{from: [{id: `+long+`/*}], ports: [p]}]}`) + never("{id: "+long+"/*}", "{workload: one}"), "rule p"},
+		"no other ID in a Scope, nor any label": {
+			doc("Scope", "s", `{ids: [/s/**], labels: {y: ["1"]}}`) +
+				policy(`{to: {workload: one}, allow: [{from: [{id: /s/**}], ports: [p]}]}`) + never(`{labels: {y: "2"}}`, "{workload: one}"), ""},
+		"evidence that fixes what fills a template in": {
+			doc("Workload", "k", `{id: "/ns/{namespace}/{serviceAccount}", attest: [{kind: kubernetes, namespace: shop}]}`) +
+				policy(`{to: {workload: one}, allow: [{from: [{id: /ns/dev/*}], ports: [p]}]}`) + never("{workload: k}", "{workload: one}"), ""},
+		"a deny of the whole connection, and many kinds of request": {
+			policy(`{to: {workload: one}, allow: [{from: [{id: /**}], ports: [p], http: [{headers: [{name: x-a, equals: a}]}, {headers: [{name: x-a, equals: b}]}, {headers: [{name: x-a, equals: c}]}, {headers: [{name: x-a, equals: d}]}, {headers: [{name: x-a, equals: e}]}]}], deny: [{from: [{labels: {x: "2"}}], ports: [all]}]}`) +
+				never(`{labels: {x: "2"}}`, "{workload: one}"), ""},
 		"a template's own labels": {
 			doc("Workload", "t", `{id: "/t/{user}", attest: [{kind: unix, via: [/agents/a], path: /x}]}`) +
 				policy(`{to: {workload: one}, allow: [{from: [{id: /t/*}], ports: [p]}]}`) +

@@ -229,6 +229,12 @@ func newBrute(sets []*Set) *brute {
 
 // legal reports whether a Scope, if the ID is of one, grants the labels.
 func (b *brute) legal(p Party) bool {
+	for _, pol := range b.sets[1].Policies {
+		scoped := len(b.sets[0].Scopes) > 0 && matches(b.sets[0].Scopes[0].IDs[0].ID, p.ID)
+		if len(pol.To.Labels) > 0 && bruteSelects(pol.To, &p) && !scoped {
+			return false // the team's policy would leave its Scope
+		}
+	}
 	for _, s := range b.sets[0].Scopes {
 		if !matches(s.IDs[0].ID, p.ID) {
 			continue

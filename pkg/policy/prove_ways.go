@@ -18,9 +18,11 @@ func (p *prover) same(q question, at *Party) []*Party {
 	if scope := p.scopeOf(at.ID); scope != "" {
 		choices = p.granted(scope, labels, asBoth)
 	}
-	out := make([]*Party, len(choices))
-	for i, l := range choices {
-		out[i] = &Party{ID: at.ID, Labels: l, exact: true}
+	var out []*Party
+	for _, l := range choices {
+		if both := (&Party{ID: at.ID, Labels: l, exact: true}); p.beside(both) {
+			out = append(out, both)
+		}
 	}
 	return out
 }

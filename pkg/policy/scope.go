@@ -89,13 +89,18 @@ func meet(a, b identity.Pattern) bool {
 func (c *compiler) checkScopes() {
 	uses := c.labelUses()
 	for _, s := range c.sets {
-		if s.Name == "" || len(s.Workloads)+len(s.Policies)+len(s.Externals) == 0 {
+		if s.Name == "" {
+			c.rootWithinScopes(s, uses)
+			continue
+		}
+		if len(s.Workloads)+len(s.Policies)+len(s.Externals) == 0 {
 			continue
 		}
 		sc := c.scopes[s.Name]
 		if sc == nil {
-			c.errs.add(&Error{File: s.Name, Msg: fmt.Sprintf("set %s has no Scope, so it may define nothing", s.Name),
-				Hint: fmt.Sprintf("write a document of kind: Scope with metadata.name: %s into the root set", s.Name)})
+			file, at := s.first()
+			c.errs.add(s.mistake(&c.errs, file, at, fmt.Sprintf("write a document of kind: Scope with metadata.name: %s into the root set", s.Name),
+				fmt.Sprintf("set %s has no Scope, so it may define nothing", s.Name)))
 			continue
 		}
 		for _, w := range s.Workloads {
@@ -107,6 +112,35 @@ func (c *compiler) checkScopes() {
 			}
 		}
 	}
+}
+
+// rootWithinScopes holds the root set's workloads with IDs of a Scope to its labels.
+func (c *compiler) rootWithinScopes(s *Set, uses map[string]map[string]place) {
+	for _, w := range s.Workloads {
+		i, known := c.byName[w.Name]
+		if !known || c.workloads[i].Set != s.Name {
+			continue // reported already
+		}
+		for _, name := range c.scopeNames() {
+			if c.scopes[name].meets(c.workloads[i].pattern()) {
+				c.scopedLabels(s, c.scopes[name], w, uses)
+			}
+		}
+	}
+}
+
+// first gives the place of something that the set defines.
+func (s *Set) first() (string, pos) {
+	for _, w := range s.Workloads {
+		return w.File, pos{w.Line, w.Col}
+	}
+	for _, p := range s.Policies {
+		return p.File, pos{p.Line, p.Col}
+	}
+	for _, x := range s.Externals {
+		return x.File, pos{x.Line, x.Col}
+	}
+	return s.Name, pos{}
 }
 
 // beyond reports something of a set that its Scope does not grant, and what of the
@@ -191,17 +225,28 @@ func (c *compiler) reserved(key, set string, uses map[string]map[string]place) s
 
 // scopedWorkload holds one workload of a set within its Scope.
 func (c *compiler) scopedWorkload(s *Set, sc *scope, w Workload, uses map[string]map[string]place) {
-	at := pos{w.Line, w.Col}
 	i, known := c.byName[w.Name]
-	if !known {
+	if !known || c.workloads[i].Set != s.Name {
 		return // reported already
 	}
 	if !sc.covers(c.workloads[i].pattern()) {
 		c.beyond(s, sc, w.File, w.id, "id "+shorten(w.ID), sc.patterns()...)
 	}
+	c.scopedLabels(s, sc, w, uses)
+	for _, a := range w.Attest {
+		if !slices.ContainsFunc(sc.Evidence, func(g Attest) bool { return g.grants(a) }) {
+			c.beyond(s, sc, w.File, a.pos, fmt.Sprintf("evidence %q of workload %s", shorten(a.String()), w.Name), sc.evidence()...)
+		}
+	}
+}
+
+// scopedLabels holds the labels of a workload to what a Scope grants for its ID. So
+// they are all that anybody with such an ID can have.
+func (c *compiler) scopedLabels(s *Set, sc *scope, w Workload, uses map[string]map[string]place) {
+	at := pos{w.Line, w.Col}
 	for _, key := range slices.Sorted(maps.Keys(w.Labels)) {
 		values, granted := sc.Labels[key]
-		why := c.reserved(key, s.Name, uses)
+		why := c.reserved(key, sc.Name, uses)
 		switch {
 		case granted && slices.Contains(values, w.Labels[key]), !granted && why == "":
 		case granted:
@@ -213,11 +258,6 @@ func (c *compiler) scopedWorkload(s *Set, sc *scope, w Workload, uses map[string
 	for _, key := range slices.Sorted(maps.Keys(sc.Labels)) {
 		if _, has := w.Labels[key]; !has {
 			c.beyond(s, sc, w.File, at, fmt.Sprintf("workload %s without label %s", w.Name, key), sc.Labels[key]...)
-		}
-	}
-	for _, a := range w.Attest {
-		if !slices.ContainsFunc(sc.Evidence, func(g Attest) bool { return g.grants(a) }) {
-			c.beyond(s, sc, w.File, a.pos, fmt.Sprintf("evidence %q of workload %s", shorten(a.String()), w.Name), sc.evidence()...)
 		}
 	}
 }

@@ -38,7 +38,9 @@ func TestApplyHistoryRollback(t *testing.T) {
 	if stdout, _, code := m.CLI("status"); code != 1 || !strings.Contains(stdout, "sallyport apply") {
 		t.Errorf("status of an empty mesh: exit code %d: %s", code, stdout)
 	}
-	dir := writeFolder(t, filepath.Join(m.Dir, "files"), pairFiles())
+	files := pairFiles()
+	files["scopes.yaml"] = "apiVersion: sallyport.dev/v1\nkind: Scope\nmetadata: {name: audit}\nspec: {ids: [/auditor, /server], evidence: [{kind: join-token}]}\n"
+	dir := writeFolder(t, filepath.Join(m.Dir, "files"), files)
 	mustCLI(t, m, "apply", dir)
 	m.Sidecar(realmesh.SidecarConfig{Name: "server", Serve: map[string]string{"http": realmesh.HTTPApp(t, "a"), "echo": realmesh.EchoApp(t, "")}})
 	client := m.Sidecar(realmesh.SidecarConfig{Name: "client", Outbound: map[string]string{"server:http": ""}})
