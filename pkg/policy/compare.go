@@ -61,6 +61,7 @@ func compareNow(before, after *Ruleset) Diff {
 	c.templates()
 	c.domains()
 	c.externals()
+	c.issuers()
 	return c.diff
 }
 

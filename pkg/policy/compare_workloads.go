@@ -56,6 +56,11 @@ func (c *comparison) domains() {
 				out += " as " + d.Endpoint.ID.String()
 			}
 		}
+		for _, w := range d.Workloads {
+			for _, e := range w.Endpoints {
+				out += ", " + w.ID.Path() + " at " + e.String()
+			}
+		}
 		return out + ")"
 	}
 	same := func(a, b TrustDomain) bool {
@@ -77,6 +82,36 @@ func (c *comparison) domains() {
 			c.diff.workload("- %s", describe(d))
 		}
 	}
+}
+
+// issuers compares whose tokens are believed.
+func (c *comparison) issuers() {
+	describe := func(t TokenIssuer) string {
+		return fmt.Sprintf("token issuer %s (%s, for %s)", t.Name, t.Issuer, t.Audience)
+	}
+	for _, t := range c.after.tokenIssuers() {
+		i := slices.IndexFunc(c.before.tokenIssuers(), func(o TokenIssuer) bool { return o.Name == t.Name })
+		switch {
+		case i < 0:
+			c.diff.adds = true
+			c.diff.workload("+ %s", describe(t))
+		case describe(c.before.tokenIssuers()[i]) != describe(t):
+			c.diff.adds = true // others are believed
+			c.diff.workload("~ %s", describe(t))
+		}
+	}
+	for _, t := range c.before.tokenIssuers() {
+		if !slices.ContainsFunc(c.after.tokenIssuers(), func(o TokenIssuer) bool { return o.Name == t.Name }) {
+			c.diff.workload("- %s", describe(t))
+		}
+	}
+}
+
+func (r *Ruleset) tokenIssuers() []TokenIssuer {
+	if r == nil {
+		return nil
+	}
+	return r.issuers
 }
 
 // externals compares the destinations outside.
@@ -145,6 +180,10 @@ func (c *comparison) changes(old, now CompiledWorkload) []string {
 	}
 	list("labels", old.labelList(), now.labelList())
 	list("ports", old.portTexts(), now.portTexts())
+	for _, port := range now.Ports { // callers without mutual TLS for longer, or by another door
+		was, _ := old.PortByName(port.Name)
+		c.diff.adds = c.diff.adds || port.Plaintext.After(was.Plaintext) || port.Direct != 0 && port.Direct != was.Direct
+	}
 	if list("endpoints", old.endpointTexts(), now.endpointTexts()) {
 		c.diff.adds = true
 	}

@@ -53,6 +53,10 @@ func Compile(td spiffeid.TrustDomain, sets []*Set) (*Ruleset, error) {
 	}
 	rs := newRuleset(c.rules, c.workloads[:c.exactN:c.exactN], c.workloads[c.exactN:c.realN:c.realN])
 	rs.domains, rs.externals = c.domains, c.externals
+	for _, s := range sets {
+		rs.issuers = append(rs.issuers, s.TokenIssuers...) // of the root set only
+	}
+	slices.SortFunc(rs.issuers, func(a, b TokenIssuer) int { return strings.Compare(a.Name, b.Name) })
 	return rs, nil
 }
 

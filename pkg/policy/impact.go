@@ -161,8 +161,14 @@ func (r *Ruleset) match(q Request, matched map[RuleRef]bool) {
 // that have not begun at t could not be.
 func (r *Ruleset) unused(t time.Time, matched map[RuleRef]bool) []RuleRef {
 	var out []RuleRef
+	stays := map[RuleRef]bool{} // what stands on one line is told apart by nobody
 	for i := range r.Rules() {
-		if rule := &r.rules[i]; rule.say() == allows && !rule.Since.After(t) && !matched[rule.Ref] && !slices.Contains(out, rule.Ref) {
+		if rule := &r.rules[i]; rule.say() != allows || rule.Since.After(t) {
+			stays[rule.Ref] = true
+		}
+	}
+	for i := range r.Rules() {
+		if rule := &r.rules[i]; !stays[rule.Ref] && !matched[rule.Ref] && !slices.Contains(out, rule.Ref) {
 			out = append(out, rule.Ref)
 		}
 	}

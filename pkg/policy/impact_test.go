@@ -232,3 +232,72 @@ spec: {to: {id: /**}, allow: [{from: [{workload: cli}], ports: [all]}]}
 		}
 	}
 }
+
+// Rules on one line are told apart by nobody: while one of them has not begun, the
+// line stays.
+func TestImpactKeepsALineThatHasNotBegun(t *testing.T) {
+	const files = `apiVersion: sallyport.dev/v1
+kind: Workload
+metadata: {name: web}
+spec: {ports: [{name: http, port: 80, protocol: http}]}
+---
+apiVersion: sallyport.dev/v1
+kind: Policy
+metadata: {name: p}
+spec:
+  to: {workload: web}
+  allow:
+    - {from: [{id: /a}], ports: [http]}
+    - {from: [{id: /b}], ports: [http], since: 2090-01-01T00:00:00Z}
+`
+	for name, c := range map[string]struct {
+		files  string
+		unused int
+	}{
+		"two lines": {files, 1},
+		"one line":  {strings.Replace(files, "allow:\n    - {from: [{id: /a}], ports: [http]}\n    - ", "allow: [{from: [{id: /a}], ports: [http]}, ", 1), 0},
+	} {
+		if name == "one line" {
+			c.files = strings.TrimSuffix(c.files, "\n") + "]\n"
+		}
+		set, err := ParseFiles("", map[string][]byte{"a.yaml": []byte(c.files)})
+		require.NoError(t, err)
+		rs, err := Compile(td, []*Set{set})
+		require.NoError(t, err)
+		if i := ImpactOf(rs, time.Now(), nil); len(i.Unused) != c.unused {
+			t.Errorf("%s: got unused %v, want %d", name, i.Unused, c.unused)
+		}
+	}
+}
+
+// Suggested policies have names of their own, whatever their destinations are called.
+func TestSuggestedNamesDiffer(t *testing.T) {
+	to := func(name, path string, template bool) Suggestion {
+		return Suggestion{To: CompiledWorkload{Workload: Workload{Name: name}, ID: spiffeid.RequireFromPath(td, path), Template: template}, Ports: []string{"http"}, From: []Selector{{ID: "/a"}}}
+	}
+	file := string(SuggestionFile([]Suggestion{
+		to("bank", "/bank", false), to("external:bank", "/external/bank", false),
+		to("cluster", "/ns/Shop_A/sa/x.y", true), to("cluster", "/ns/shop-a/sa/x-y", true),
+	}))
+	if _, err := ParseFiles("", map[string][]byte{"a.yaml": []byte(file)}); err != nil {
+		t.Errorf("%v\n%s", err, file)
+	}
+	for _, want := range []string{"{name: seen-bank}", "{name: seen-bank-2}", "{name: seen-ns-shop-a-sa-x-y}", "{name: seen-ns-shop-a-sa-x-y-2}"} {
+		if !strings.Contains(file, want) {
+			t.Errorf("no %s in\n%s", want, file)
+		}
+	}
+}
+
+// Nobody can be an External.
+func TestExternalsNeverCall(t *testing.T) {
+	set, err := ParseFiles("", map[string][]byte{"a.yaml": []byte("apiVersion: sallyport.dev/v1\nkind: Workload\nmetadata: {name: web}\nspec: {ports: [{name: http, port: 80, protocol: http}]}\n")})
+	require.NoError(t, err)
+	rs, err := Compile(td, []*Set{set})
+	require.NoError(t, err)
+	for _, from := range []string{"external:bank", "/external/bank", td.IDString() + "/external/bank"} {
+		if _, err := rs.Ways(WaysQuestion{From: from, Now: time.Now()}); err == nil || !strings.Contains(err.Error(), "never calls") {
+			t.Errorf("%s: got %v", from, err)
+		}
+	}
+}

@@ -21,6 +21,7 @@ type Ruleset struct {
 	forms     trie[int]          // :: pattern of a template → index of templates
 	domains   []TrustDomain      // foreign ones, by name
 	externals []External         // by name
+	issuers   []TokenIssuer      // by name
 	byName    map[string]int     // :: metadata.name → index of workloads, of templates behind them
 
 	targets []target                // one per distinct To

@@ -210,6 +210,7 @@ func patternsOf(paths []string) []string {
 // Policy for each destination, called after it.
 func SuggestionFile(all []Suggestion) []byte {
 	var b strings.Builder
+	named := map[string]bool{}
 	for i, s := range all {
 		if i == 0 || all[i-1].To.ID != s.To.ID {
 			if i > 0 {
@@ -223,7 +224,7 @@ func SuggestionFile(all []Suggestion) []byte {
 			if ext, ok := strings.CutPrefix(s.To.Name, "external:"); ok {
 				to, name = "external: "+ext, ext
 			}
-			fmt.Fprintf(&b, "apiVersion: %s\nkind: Policy\nmetadata: {name: seen-%s}\nspec:\n  to: {%s}\n  allow:\n", APIVersion, shortLabel(name), to)
+			fmt.Fprintf(&b, "apiVersion: %s\nkind: Policy\nmetadata: {name: seen-%s}\nspec:\n  to: {%s}\n  allow:\n", APIVersion, uniqueLabel(name, named), to)
 		}
 		fmt.Fprintf(&b, "    # seen %d times, last %s\n    - from: [%s]\n      ports: [%s]\n", s.Count, s.Last.UTC().Format(time.RFC3339), selectorTexts(s.From), strings.Join(s.Ports, ", "))
 		for n, m := range s.HTTP {
@@ -240,9 +241,22 @@ func SuggestionFile(all []Suggestion) []byte {
 	return []byte(b.String())
 }
 
-// shortLabel makes a name that is a DNS label with its prefix.
-func shortLabel(s string) string {
-	return strings.Trim(s[:min(len(s), 50)], "-")
+// uniqueLabel makes a name that is a DNS label with its prefix, and unlike those
+// before it.
+func uniqueLabel(s string, named map[string]bool) string {
+	s = strings.Trim(strings.Map(func(c rune) rune {
+		if c >= 'a' && c <= 'z' || c >= '0' && c <= '9' {
+			return c
+		}
+		return '-'
+	}, strings.ToLower(s)), "-")
+	s = strings.Trim(s[:min(len(s), 50)], "-")
+	name := s
+	for n := 2; named[name]; n++ {
+		name = fmt.Sprintf("%s-%d", s, n)
+	}
+	named[name] = true
+	return name
 }
 
 func selectorTexts(from []Selector) string {

@@ -36,6 +36,9 @@ func (r *Ruleset) Ways(q WaysQuestion) (Reached, error) {
 	if (q.From == "") == (q.To == "") {
 		return Reached{}, fmt.Errorf("asking for ways: want either a source or a destination")
 	}
+	if path := strings.TrimPrefix(q.From, r.trustDomain().IDString()); strings.HasPrefix(q.From, "external:") || strings.HasPrefix(path, externalPrefix+"/") {
+		return Reached{}, fmt.Errorf("--from %s: an External is a destination, and never calls", q.From)
+	}
 	s := waySearch{r: r, q: q, notes: map[string]bool{}, kinds: map[string]bool{}}
 	s.destinations()
 	var err error

@@ -39,7 +39,7 @@ func (r *Ruleset) Next(t time.Time) time.Time {
 // with gives r with other rules.
 func (r *Ruleset) with(rules []Rule) *Ruleset {
 	out := newRuleset(rules, r.workloads, r.templates)
-	out.domains, out.externals = r.domains, r.externals
+	out.domains, out.externals, out.issuers = r.domains, r.externals, r.issuers
 	if out.only != nil {
 		out.prepare(out.only)
 	}
