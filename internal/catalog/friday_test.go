@@ -80,6 +80,8 @@ var fridayTricks = map[string]struct{ from, to, text string }{
 	"a rule for everybody": {"to: {workload: invoices}", "to: {id: /**}", "spec.to of Policy invoices, /**, is not within Scope billing"},
 	"a door of its own": {"kind: Policy\nmetadata: {name: invoices}\nspec:\n  to: {workload: invoices}\n  allow: [{from: [{workload: orders}], ports: [http]}]\n",
 		"kind: Defaults\nmetadata: {name: door}\nspec: {to: {workload: invoices}, audit: {until: 2030-01-01T00:00:00Z}}\n", "Scope billing cannot grant it"},
+	"a veto by a test": {"---\n", "---\napiVersion: sallyport.dev/v1\nkind: PolicyTest\nmetadata: {name: pin}\nspec: {cases: [{from: orders, to: payments, expect: allow}]}\n---\n",
+		"a case of PolicyTest pin asks about payments (/payments), which is not within Scope billing"},
 	"a wider Scope": {"---\n", "---\napiVersion: sallyport.dev/v1\nkind: Scope\nmetadata: {name: billing}\nspec: {ids: [/**]}\n---\n", "Scope billing cannot grant it"},
 	"an invariant of the same name": {"---\n", "---\napiVersion: sallyport.dev/v1\nkind: Invariant\nmetadata: {name: dev-never-reaches-prod}\nspec: {never: {from: {id: /a}, to: {id: /b}}}\n---\n",
 		"Scope billing cannot grant it"},

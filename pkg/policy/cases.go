@@ -22,6 +22,11 @@ func (c *compiler) test(s *Set, t PolicyTest) {
 		}
 		if msg != "" {
 			c.errs.add(s.mistake(&c.errs, t.File, p, hint, msg))
+			continue
+		}
+		// A test of others' doors would keep them from changing those.
+		if sc := c.scopes[s.Name]; s.Name != "" && sc != nil && !sc.covers(w.pattern()) {
+			c.beyond(s, sc, t.File, k.to, fmt.Sprintf("a case of PolicyTest %s asks about %s (%s), which", t.Name, w.Name, w.Workload.ID), sc.patterns()...)
 		}
 	}
 }

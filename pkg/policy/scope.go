@@ -93,7 +93,7 @@ func (c *compiler) checkScopes() {
 			c.rootWithinScopes(s, uses)
 			continue
 		}
-		if len(s.Workloads)+len(s.Policies)+len(s.Externals) == 0 {
+		if len(s.Workloads)+len(s.Policies)+len(s.Externals)+len(s.Tests) == 0 {
 			continue
 		}
 		sc := c.scopes[s.Name]
@@ -139,6 +139,9 @@ func (s *Set) first() (string, pos) {
 	}
 	for _, x := range s.Externals {
 		return x.File, pos{x.Line, x.Col}
+	}
+	for _, t := range s.Tests {
+		return t.File, pos{t.Line, t.Col}
 	}
 	return s.Name, pos{}
 }
