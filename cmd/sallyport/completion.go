@@ -30,6 +30,7 @@ func (c *cli) complete(root *cobra.Command) {
 		"workload": c.workloads,
 		"from":     c.workloads,
 		"to":       c.workloads,
+		"in":       c.sides,
 		"via":      c.workloads,
 	})
 	byArgument := c.argumentCompletions()

@@ -9,15 +9,18 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	sallyportv1 "github.com/sallyport-mesh/sallyport/api/sallyport/v1"
 	"github.com/sallyport-mesh/sallyport/internal/flow"
+	"github.com/sallyport-mesh/sallyport/internal/insight"
 )
 
 func (c *cli) explain() *cobra.Command {
 	req := &sallyportv1.ExplainRequest{}
-	var request, at, log string
+	var request, at, log, side string
 	cmd := &cobra.Command{
 		Use: "explain [DECISION]", Short: "Say what would happen to a connection and which line decides", Args: cobra.MaximumNArgs(1),
 		Long: `Explain answers for --from and --to (a workload's name, /path or spiffe:// ID)
@@ -25,6 +28,9 @@ on one --port or on all declared ones, or for the decision id of a flow record, 
 whoever was refused is told, too. --http asks about one request, --at about another
 moment than now. For a refusal it names the nearest rule and the one field in which
 that one misses.
+
+With --in the rules are those of a folder, live, live@REVISION or
+git:REVISION:FOLDER, as in policy diff; a folder needs no control plane.
 
 The record of a decision is looked up in the control plane, or with --flows in a file
 of JSON lines: a sidecar's log. Rules are those that are in force now, as they held when
@@ -54,8 +60,7 @@ it was decided.`,
 				}
 				req.At = timestamppb.New(t)
 			}
-			return c.admin(cmd.Context(), func(ctx context.Context, a sallyportv1.AdminClient) error {
-				resp, err := a.Explain(ctx, req)
+			show := func(resp *sallyportv1.ExplainResponse, err error) error {
 				if err != nil {
 					return err
 				}
@@ -64,7 +69,11 @@ it was decided.`,
 						printExplanation(w, e)
 					}
 				})
-			})
+			}
+			if side != "" {
+				return show(c.explainIn(cmd.Context(), side, req))
+			}
+			return c.admin(cmd.Context(), func(ctx context.Context, a sallyportv1.AdminClient) error { return show(a.Explain(ctx, req)) })
 		},
 	}
 	cmd.Flags().StringVar(&req.From, "from", "", "who calls")
@@ -76,7 +85,36 @@ it was decided.`,
 	cmd.Flags().StringVar(&at, "at", "", "another `time` than now, as in 2026-12-31T00:00:00Z")
 	cmd.Flags().StringVar(&req.DecisionId, "decision", "", "decision `id` of a flow record")
 	cmd.Flags().StringVar(&log, "flows", "", "look the decision up in this `file` of JSON lines")
+	cmd.Flags().StringVar(&side, "in", "", "rules of this `folder`, or of live, live@REVISION or git:REVISION:FOLDER")
 	return cmd
+}
+
+// explainIn answers req by the rules of a side. A full ID says which trust domain the
+// files are of.
+func (c *cli) explainIn(ctx context.Context, side string, req *sallyportv1.ExplainRequest) (*sallyportv1.ExplainResponse, error) {
+	if req.GetDecisionId() != "" {
+		return nil, errors.New("--in: a decision that the control plane has on record is explained by its own rules; name --flows FILE, or --from and --to")
+	}
+	domain := offlineTrustDomain
+	if id, err := spiffeid.FromString(req.GetTo()); err == nil {
+		domain = id.TrustDomain().Name()
+	}
+	rules, err := c.loadSide(ctx, side, domain)
+	if err != nil {
+		return nil, err
+	}
+	if domain, err = c.sideDomain(ctx, side, domain); err != nil {
+		return nil, err
+	}
+	td, err := spiffeid.TrustDomainFromString(domain)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := insight.Explain(rules, td, req, time.Now())
+	if s, ok := status.FromError(err); err != nil && ok {
+		return nil, errors.New(s.Message())
+	}
+	return resp, err
 }
 
 // recordedDecision turns the decision that req asks for, which a file has on record,
