@@ -20,7 +20,7 @@ type identities struct {
 	short   [2]string             // … and a short one
 	number  uint16                // a port that nobody wrote
 	port    string                // the same
-	denied  [2]map[[2]string]bool // :: label that a deny's from, or to, names
+	avoided [2]map[[2]string]bool // :: label that a deny, or the to of a team, names
 }
 
 // choose reads a selector of sets that compile.
@@ -346,8 +346,8 @@ func (x *identities) scopeOf(id spiffeid.ID) string {
 }
 
 // granted completes labels as a Scope demands: each key that it names with a value
-// that it grants, and no other key that is reserved. A value that no deny names
-// serves best; where there is none, each is a choice of its own.
+// that it grants, and no other key that is reserved. A value that nothing avoids serves
+// best; where there is none, each is a choice of its own.
 func (x *identities) granted(scope string, labels map[string]string, e end) []map[string]string {
 	sc := x.c.scopes[scope]
 	for k, v := range labels {
@@ -362,7 +362,7 @@ func (x *identities) granted(scope string, labels map[string]string, e end) []ma
 			continue
 		}
 		values := sc.Labels[k]
-		if i := slices.IndexFunc(values, func(v string) bool { return e != asBoth && !x.denied[e][[2]string{k, v}] }); i >= 0 {
+		if i := slices.IndexFunc(values, func(v string) bool { return e != asBoth && !x.avoided[e][[2]string{k, v}] }); i >= 0 {
 			values = values[i : i+1]
 		}
 		var next []map[string]string

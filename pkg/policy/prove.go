@@ -75,7 +75,7 @@ func newProver(td spiffeid.TrustDomain, sets []*Set) *prover {
 	c.addWorkloads()
 	c.addExternals()
 	c.readScopes()
-	p := &prover{identities: identities{c: c, uses: c.labelUses(), denied: [2]map[[2]string]bool{{}, {}}}, outcomes: map[string]outcomeOf{}}
+	p := &prover{identities: identities{c: c, uses: c.labelUses(), avoided: [2]map[[2]string]bool{{}, {}}}, outcomes: map[string]outcomeOf{}}
 	everyone := p.choose(Selector{ID: "/**"})
 	for _, s := range c.sets {
 		for _, d := range s.Defaults {
@@ -86,6 +86,10 @@ func newProver(td spiffeid.TrustDomain, sets []*Set) *prover {
 		}
 		for _, pol := range s.Policies {
 			to := p.choose(pol.To)
+			if s.Name != "" { // whom its Scope does not grant may not have them: see beside
+				p.avoid(asSource, pol.To)
+				p.avoid(asDestination, pol.To)
+			}
 			for _, e := range pol.Allow {
 				p.opens = append(p.opens, p.clause(s, pol, to, e))
 			}
@@ -96,7 +100,10 @@ func newProver(td spiffeid.TrustDomain, sets []*Set) *prover {
 					continue
 				}
 				p.denies = append(p.denies, d)
-				p.noteDenied(d)
+				p.avoid(asDestination, pol.To)
+				for _, f := range e.From {
+					p.avoid(asSource, f)
+				}
 			}
 		}
 	}
@@ -112,14 +119,10 @@ func (p *prover) clause(s *Set, pol Policy, to chooser, e Entry) clause {
 	return c
 }
 
-func (x *identities) noteDenied(d clause) {
-	for _, f := range d.from {
-		for k, v := range f.Labels {
-			x.denied[asSource][[2]string{k, v}] = true
-		}
-	}
-	for k, v := range d.to.Labels {
-		x.denied[asDestination][[2]string{k, v}] = true
+// avoid notes labels that serve a party worse than others do.
+func (x *identities) avoid(e end, s Selector) {
+	for k, v := range s.Labels {
+		x.avoided[e][[2]string{k, v}] = true
 	}
 }
 

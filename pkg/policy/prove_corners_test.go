@@ -39,6 +39,10 @@ spec: {}
 		files string
 		want  string // in the proof; "" where the invariant holds
 	}{
+		"a value of a Scope that another team's policy excludes": {
+			doc("Scope", "s", `{ids: [/s/**], labels: {y: ["3", "1"]}}`) +
+				policy(`{to: {workload: one}, allow: [{from: [{id: /s/*}], ports: [p]}], deny: [{from: [{labels: {y: "1", x: "1"}}], ports: [all]}]}`) +
+				never("{id: /s/**}", "{workload: one}"), "labels y: 1"},
 		"a value of a Scope that no deny names": {
 			doc("Scope", "s", `{ids: [/s/**], labels: {y: ["1", "2"]}}`) +
 				policy(`{to: {workload: one}, allow: [{from: [{id: /s/*}], ports: [p]}], deny: [{from: [{labels: {y: "1"}}], ports: [all]}]}`) +
@@ -107,9 +111,17 @@ spec: {}
 		t.Run(name, func(t *testing.T) {
 			set, err := ParseFiles("", map[string][]byte{"a.yaml": []byte(workloads + c.files)})
 			require.NoError(t, err)
-			rs, err := Compile(td, []*Set{set})
+			sets := []*Set{set, {Name: "s"}}
+			if strings.HasPrefix(name, "a value of a Scope that another") {
+				set.Scopes = append(set.Scopes, Scope{Name: "other", IDs: []ScopeID{{ID: "/o/*"}}, Labels: map[string][]string{"y": {"3"}}})
+				sets = append(sets, &Set{
+					Name: "other", Policies: []Policy{{Name: "o", Set: "other", To: Selector{Labels: map[string]string{"y": "3"}}}},
+					Workloads: []Workload{{Name: "o", Set: "other", ID: "/o/o", Labels: map[string]string{"y": "3"}}},
+				})
+			}
+			rs, err := Compile(td, sets)
 			require.NoError(t, err)
-			proof := Prove(rs, []*Set{set})
+			proof := Prove(rs, sets)
 			if got := proof.String(); c.want == "" && proof.Failed() || c.want != "" && !strings.Contains(got, c.want) {
 				t.Errorf("got\n%s\nwant %q", got, c.want)
 			}
@@ -117,7 +129,7 @@ spec: {}
 				if x.From.ID.Path() == "/sallyport/any-caller" {
 					continue // nobody can define it: it is issued to Sallyport itself
 				}
-				if problem := confirm([]*Set{set, {Name: "s"}}, x); problem != "" {
+				if problem := confirm(sets, x); problem != "" {
 					t.Errorf("a breach that is none: %s\n%s", problem, x)
 				}
 			}

@@ -440,7 +440,7 @@ func confirm(sets []*Set, x Breach) string {
 	if x.From.ID != x.To.ID {
 		define(x.From, "from", nil)
 	}
-	rs, err := Compile(td, []*Set{&root, &team})
+	rs, err := Compile(td, append([]*Set{&root, &team}, sets[2:]...))
 	if err != nil {
 		return err.Error()
 	}
