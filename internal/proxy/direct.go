@@ -185,15 +185,8 @@ func (in *Inbound) serveDirect(ctx context.Context, raw net.Conn, n uint16) {
 		_ = raw.Close()
 		return
 	}
-	conn, peer, err := in.handshake(ctx, raw, directTLS(in.tls, port.Protocol))
-	if err != nil {
-		in.failures.add(err)
-		in.cfg.Log.Debug("handshake ended without a peer", "error", err)
-		return
-	}
-	if !in.shares.take(peer.id) {
-		in.failures.add(errTooMany)
-		_ = conn.Close() // refused anyway
+	conn, peer, ok := in.meet(ctx, raw, directTLS(in.tls, port.Protocol))
+	if !ok {
 		return
 	}
 	defer in.shares.give(peer.id)

@@ -205,16 +205,8 @@ func (in *Inbound) recheckRevoked(*revocation.List) {
 
 // serve owns one accepted connection.
 func (in *Inbound) serve(ctx context.Context, raw net.Conn) {
-	conn, peer, err := in.handshake(ctx, raw, in.tls)
-	if err != nil {
-		in.failures.add(err)
-		in.cfg.Log.Debug("handshake ended without a peer", "error", err)
-		return
-	}
-	if !in.shares.take(peer.id) {
-		in.failures.add(errTooMany)
-		_ = conn.Close() // refused anyway
-		in.cfg.Log.Debug("connection refused", "peer", peer.id, "error", errTooMany)
+	conn, peer, ok := in.meet(ctx, raw, in.tls)
+	if !ok {
 		return
 	}
 	defer in.shares.give(peer.id)
@@ -246,6 +238,24 @@ func (in *Inbound) serve(ctx context.Context, raw net.Conn) {
 type peer struct {
 	id    spiffeid.ID
 	proof *proof
+}
+
+// meet authenticates the client and takes a part of its share of connections, which
+// the caller gives back. Otherwise it counts why not, and closes raw.
+func (in *Inbound) meet(ctx context.Context, raw net.Conn, cfg *tls.Config) (net.Conn, peer, bool) {
+	conn, p, err := in.handshake(ctx, raw, cfg)
+	if err != nil {
+		in.failures.add(err)
+		in.cfg.Log.Debug("handshake ended without a peer", "error", err)
+		return nil, peer{}, false
+	}
+	if !in.shares.take(p.id) {
+		in.failures.add(errTooMany)
+		_ = conn.Close() // refused anyway
+		in.cfg.Log.Debug("connection refused", "peer", p.id, "error", errTooMany)
+		return nil, peer{}, false
+	}
+	return conn, p, true
 }
 
 // handshake authenticates the client. It closes raw when it returns an error.
