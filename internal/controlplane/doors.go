@@ -23,7 +23,7 @@ type doorman struct {
 	flows   *insight.Collector
 
 	mu     sync.Mutex
-	rev    catalog.Rev                      // of opened
+	rev    catalog.Rev                      // of opened; guarded by mu
 	opened map[string]*sallyportv1.OpenDoor // :: name → who opened it; guarded by mu
 }
 
@@ -54,12 +54,7 @@ func (d *doorman) open(ctx context.Context, state *catalog.State, now time.Time)
 
 // whoOpened looks a door up in the history, once for each revision in force.
 func (d *doorman) whoOpened(ctx context.Context, rev catalog.Rev, set, name string) (*sallyportv1.OpenDoor, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.rev != rev || d.opened == nil {
-		d.rev, d.opened = rev, map[string]*sallyportv1.OpenDoor{}
-	}
-	known := d.opened[name]
+	known := d.remembered(rev, name)
 	if known == nil {
 		e, found, err := d.catalog.Since(ctx, set, func(s *policy.Set) bool {
 			return slices.ContainsFunc(s.Defaults, func(x policy.Defaults) bool { return x.Name == name })
@@ -71,7 +66,27 @@ func (d *doorman) whoOpened(ctx context.Context, rev catalog.Rev, set, name stri
 		if found {
 			known.Actor, known.Revision, known.Opened = e.Actor, e.Rev.String(), timestamppb.New(e.Time)
 		}
-		d.opened[name] = known
+		d.remember(rev, name, known)
 	}
 	return &sallyportv1.OpenDoor{Actor: known.Actor, Revision: known.Revision, Opened: known.Opened}, nil
+}
+
+// remembered gives what is known of a door under a revision, or nil.
+func (d *doorman) remembered(rev catalog.Rev, name string) *sallyportv1.OpenDoor {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.rev != rev {
+		return nil
+	}
+	return d.opened[name]
+}
+
+// remember keeps it while that revision is in force.
+func (d *doorman) remember(rev catalog.Rev, name string, door *sallyportv1.OpenDoor) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.rev != rev || d.opened == nil {
+		d.rev, d.opened = rev, map[string]*sallyportv1.OpenDoor{}
+	}
+	d.opened[name] = door
 }

@@ -166,8 +166,8 @@ func (s *scope) patterns() []string {
 	return out
 }
 
-// labelUses gives, for each label key, the sets other than which it is reserved
-// for: those whose selectors name it.
+// labelUses gives, for each label key, the sets whose selectors name it: to all
+// others it is reserved.
 func (c *compiler) labelUses() map[string]map[string]place {
 	uses := map[string]map[string]place{} // :: key → set → where its selectors name it first
 	for _, s := range c.sets {
