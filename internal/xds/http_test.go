@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"pgregory.net/rapid"
 
+	"github.com/sallyport-mesh/sallyport/pkg/identity"
 	"github.com/sallyport-mesh/sallyport/pkg/policy"
 )
 
@@ -80,7 +81,12 @@ func TestF9EnvoyReadsRequestsNoWider(t *testing.T) {
 	allowed := 0
 	rapid.Check(t, func(t *rapid.T) {
 		node := drawID(t)
-		rules := policy.NewRuleset(rapid.SliceOfN(rapid.Custom(drawFullRule), 0, 8).Draw(t, "rules"))
+		sources := append(rapid.SliceOfN(rapid.Custom(drawID), 1, 6).Draw(t, "sources"), spiffeid.ID{})
+		drawn := rapid.SliceOfN(rapid.Custom(drawFullRule), 0, 8).Draw(t, "rules")
+		if rapid.Bool().Draw(t, "somebody is allowed") { // or hardly anybody ever is
+			drawn = append(drawn, policy.Rule{Effect: policy.Allow, From: []identity.Pattern{identity.ExactPattern(sources[0])}, To: []identity.Pattern{identity.ExactPattern(node)}})
+		}
+		rules := policy.NewRuleset(drawn)
 		res, err := Translate(View{Node: node, Rules: rules, Level: policy.LevelRequests})
 		if err != nil {
 			t.Fatal(err)
@@ -89,7 +95,6 @@ func TestF9EnvoyReadsRequestsNoWider(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		sources := append(rapid.SliceOfN(rapid.Custom(drawID), 1, 6).Draw(t, "sources"), spiffeid.ID{})
 		for _, src := range sources {
 			for _, port := range []uint16{1, 80, 444} {
 				q := policy.Request{Src: src, Dst: node, Port: port, HTTP: drawRequest(t)}
